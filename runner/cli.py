@@ -1,0 +1,134 @@
+"""The command line: one short function a verb. torch is imported by the verbs that need it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runner import __version__
+from runner.errors import InputError
+
+app = typer.Typer(
+    help="Train neural network potentials on quantum-chemistry data, from one TOML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Experiment = Annotated[Path, typer.Argument(help="Directory with a config.toml, or a TOML file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the config; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the prepared datasets [default: RUNNER_DATA_DIR, or data/prepared]."
+    ),
+]
+
+
+@app.command()
+def prepare(
+    experiment: Experiment,
+    settings: Settings = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Build the prepared dataset of an experiment, or find it in the cache."""
+    from runner import prepare as verb
+    from runner.config import config_path, load_config
+    from runner.terminal import Terminal
+
+    path = config_path(experiment)
+    config = load_config(path, settings or [])
+    result = verb.prepare(config, data_dir or verb.default_data_dir(path), Terminal(stderr=as_json))
+    _print_json(result, as_json)
+
+
+@app.command()
+def train(
+    experiment: Experiment,
+    settings: Settings = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Train on the prepared dataset of an experiment, into a new run directory."""
+    from runner import train as verb
+    from runner.config import config_path, load_config
+    from runner.prepare import default_data_dir
+    from runner.terminal import Terminal
+
+    path = config_path(experiment)
+    config = load_config(path, settings or [])
+    folder = data_dir or default_data_dir(path)
+    result = verb.train(config, path, folder, Terminal(stderr=as_json), command=sys.argv)
+    _print_json(result, as_json)
+
+
+@app.command()
+def run(
+    experiment: Experiment,
+    settings: Settings = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Prepare, then train."""
+    from runner import prepare as first
+    from runner import train as second
+    from runner.config import config_path, load_config
+    from runner.terminal import Terminal
+
+    path = config_path(experiment)
+    config = load_config(path, settings or [])
+    second.require_train(config, path)
+    folder = data_dir or first.default_data_dir(path)
+    terminal = Terminal(stderr=as_json)
+    prepared = first.prepare(config, folder, terminal)
+    trained = second.train(config, path, folder, terminal, command=sys.argv)
+    _print_json({"prepare": prepared, "train": trained}, as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _print_json(result: dict[str, Any], wanted: bool) -> None:
+    if wanted:
+        print(json.dumps(result))
+
+
+def main() -> None:
+    """Run the command line; every way it can end has its exit code."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="runner-traceback-", suffix=".txt", delete=False
+        ) as file:
+            traceback.print_exc(file=file)
+        print(
+            f"This is a bug in runner, not a mistake of yours: {type(error).__name__}: {error}\n"
+            f"The traceback is in {file.name}; please report it.",
+            file=sys.stderr,
+        )
+        sys.exit(1)

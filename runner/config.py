@@ -1,0 +1,739 @@
+"""The experiment file: its classes, how it is read, and what is said when it is wrong.
+
+`[prepare]` alone decides the prepared dataset; `[train]` never does. Only the recipes (`prepare`,
+`train`) see a whole `Config`; everything else is handed its own section or plain values.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli
+import tomli_w
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from runner.errors import ConfigError, UnitError, did_you_mean
+from runner.fields import LABELS, POSITIONS
+from runner.fields import Field as Quantity
+from runner.units import conversion_factor, parse_quantity
+
+# --------------------------------------------------------------------------------------------------
+# Values
+# --------------------------------------------------------------------------------------------------
+
+
+def _reject(message: str) -> PydanticCustomError:
+    """An error of ours that pydantic collects with all the others."""
+    return PydanticCustomError("runner", "{message}", {"message": message})
+
+
+def _quantity(unit: str) -> Any:
+    """The type of a number that is written with its unit, and kept in `unit`."""
+
+    def parse(value: object) -> object:
+        if not isinstance(value, str):
+            raise _reject(f'{value!r} has no unit; write a string such as "{value} {unit}"')
+        try:
+            return parse_quantity(value, unit)
+        except UnitError as error:
+            raise _reject("; ".join(filter(None, (error.what, error.allowed)))) from None
+
+    return Annotated[
+        float,
+        BeforeValidator(parse),
+        PlainSerializer(lambda value: f"{value!r} {unit}"),
+        WithJsonSchema({"type": "string", "examples": [f"5 {unit}"]}),
+    ]
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _share(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise _reject(
+            f"found {_shown(value)}; it is a fraction such as 0.8, or a count such as 1000"
+        )
+    return value
+
+
+Share = Annotated[int | float, BeforeValidator(_share)]
+
+
+class Section(BaseModel):
+    """A table of the config: unknown keys and wrong types are mistakes; nothing can be changed."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# [prepare]
+# --------------------------------------------------------------------------------------------------
+
+
+class LabelConfig(Section):
+    """Where a source keeps one label: `{ key = "…", unit = "…" }` or `{ value = 0 }`."""
+
+    key: str | None = None
+    """Name of the label in the file."""
+    value: float | None = None
+    """One value for all structures, instead of a key."""
+    unit: str | None = None
+    """Unit in the file."""
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor on top of the unit; −1 turns a gradient into forces."""
+    missing: Literal["nan"] | None = None
+    """`"nan"`: a NaN in the file means that there is no label, rather than a mistake."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.key is None) == (self.value is None):
+            raise _reject('exactly one of "key" and "value" is needed')
+        return self
+
+    def factor(self, quantity: Quantity) -> float:
+        """What the file's numbers are multiplied by to be in the program's unit."""
+        return self.scale * conversion_factor(self.unit or quantity.unit, quantity.unit)
+
+
+class PositionsConfig(Section):
+    """The unit of the positions, where it is not the format's own."""
+
+    unit: str = "angstrom"
+    """Unit in the file."""
+
+
+def _check_unit(quantity: Quantity) -> Callable[[Any], Any]:
+    def check(label: LabelConfig | PositionsConfig) -> LabelConfig | PositionsConfig:
+        if label.unit is None and not quantity.assumed_unit:
+            raise _reject(
+                f'{quantity.name} needs a unit; write for example unit = "{quantity.unit}"'
+            )
+        try:
+            conversion_factor(label.unit or quantity.unit, quantity.unit)
+        except UnitError as error:
+            raise _reject("; ".join(filter(None, (error.what, error.allowed)))) from None
+        return label
+
+    return check
+
+
+def _label(name: str) -> Any:
+    return Annotated[LabelConfig, AfterValidator(_check_unit(LABELS[name]))]
+
+
+class SourceConfig(Section):
+    """One set of files that share their keys and units."""
+
+    path: str | list[str]
+    """A file, a list of files, or a glob; relative to the file this stands in."""
+    format: Literal["extxyz"] | None = None
+    """Told from the suffix where it is not given."""
+    positions: Annotated[PositionsConfig, AfterValidator(_check_unit(POSITIONS))] = (
+        PositionsConfig()
+    )
+    """Unit of the positions."""
+    energy: _label("energy") | None = None  # type: ignore[valid-type]
+    """Total energy."""
+    forces: _label("forces") | None = None  # type: ignore[valid-type]
+    """Forces, −∂E/∂R."""
+    total_charge: _label("total_charge") | None = None  # type: ignore[valid-type]
+    """Charge of the structure; in e unless a unit is given."""
+    dipole: _label("dipole") | None = None  # type: ignore[valid-type]
+    """Dipole about the origin of the positions."""
+    charges: _label("charges") | None = None  # type: ignore[valid-type]
+    """Partial charges; in e unless a unit is given."""
+
+    @property
+    def labels(self) -> dict[str, LabelConfig]:
+        """The labels that this source maps, by the names of `runner.fields`."""
+        mapped = {name: getattr(self, name) for name in LABELS}
+        return {name: label for name, label in mapped.items() if label is not None}
+
+
+class SelfEnergiesConfig(Section):
+    """How the energies of the elements are found."""
+
+    method: Literal["fit", "given", "none"] = "fit"
+    """`fit`: least squares over the training split; `given`: `values`; `none`: all zero."""
+    values: dict[str, _quantity("eV")] = {}  # type: ignore[valid-type]
+    """Given self-energies; with `fit` these stay and the rest are fitted."""
+    if_underdetermined: Literal["minimum_norm", "error"] = "minimum_norm"
+    """What to do where compositions cannot tell the elements apart."""
+
+    @model_validator(mode="after")
+    def _values_fit_the_method(self) -> Self:
+        if self.method == "given" and not self.values:
+            raise _reject('method = "given" needs values = { H = "-13.6 eV", … }')
+        if self.method == "none" and self.values:
+            raise _reject('method = "none" takes no values; write method = "given"')
+        return self
+
+
+class SplitConfig(Section):
+    """Which structures train, validate and test."""
+
+    method: Literal["random", "group"] = "random"
+    """`random`: structure by structure; `group`: no group is in two splits."""
+    train: Share = 0.8
+    """Fraction, or number, of the structures (of `group`: aimed at)."""
+    val: Share = 0.1
+    """The same for validation."""
+    test: Share = 0.1
+    """The same for the test."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the shuffle and of the split."""
+    group_by: str | None = None
+    """With `group`: `"formula"`, `"source"`, or a key of the file that names the group."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        shares = (self.train, self.val, self.test)
+        if len({type(share) for share in shares if share != 0}) > 1:
+            raise _reject("train, val and test must be all fractions or all counts")
+        if self.train == 0:
+            raise _reject("train must be more than 0")
+        if isinstance(self.train, float) and not math.isclose(sum(shares), 1.0, abs_tol=1e-9):
+            raise _reject(f"the fractions train + val + test must sum to 1, not {sum(shares):g}")
+        if (self.method == "group") != (self.group_by is not None):
+            raise _reject('method = "group" and group_by belong together')
+        return self
+
+
+class PrepareConfig(Section):
+    """`[prepare]`: what the prepared dataset is made of."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Readable prefix of the dataset's folder."""
+    source: Annotated[list[SourceConfig], Field(min_length=1)]
+    """One or several `[[prepare.source]]`."""
+    self_energies: SelfEnergiesConfig = SelfEnergiesConfig()
+    split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _energies_to_fit(self) -> Self:
+        if self.self_energies.method != "none" and not any(s.energy for s in self.source):
+            raise _reject(
+                "no source maps an energy, so there is nothing to fit; add "
+                'energy = { key = "…", unit = "…" } to a source, or write '
+                '[prepare.self_energies] method = "none"'
+            )
+        return self
+
+
+# --------------------------------------------------------------------------------------------------
+# [train]
+# --------------------------------------------------------------------------------------------------
+
+
+class BatchConfig(Section):
+    """The size of a batch."""
+
+    structures: Count = 32
+    """Structures in a batch."""
+
+
+class PaiNNConfig(Section):
+    """Hyperparameters of PaiNN, see `runner.potentials.painn`."""
+
+    name: Literal["painn"]
+    cutoff: Annotated[_quantity("angstrom"), Field(gt=0)] = 5.0  # type: ignore[valid-type]
+    """Distance up to which atoms see each other."""
+    features: Count = 128
+    """Scalar features, and vector features, of an atom."""
+    interactions: Count = 3
+    """Rounds of message passing."""
+    radial_basis: Count = 20
+    """Radial basis functions."""
+
+
+class WeightSchedule(Section):
+    """A weight that goes in a straight line from `start` to `end` over the first epochs."""
+
+    start: NonNegative
+    end: NonNegative
+    epochs: Count
+
+    def at(self, epoch: int) -> float:
+        """The weight in an epoch, counted from 0."""
+        done = min(epoch / self.epochs, 1.0)
+        return self.start + (self.end - self.start) * done
+
+
+def _weight(value: object) -> object:
+    if isinstance(value, Mapping):
+        return WeightSchedule.model_validate(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | WeightSchedule):
+        raise _reject("a weight is a number or { start = 1.0, end = 10.0, epochs = 50 }")
+    if isinstance(value, int | float) and not 0 <= value < math.inf:
+        raise _reject("a weight is finite and not negative")
+    return value
+
+
+class LossTermConfig(Section):
+    """One term of the loss."""
+
+    weight: Annotated[float | WeightSchedule, BeforeValidator(_weight)] = 1.0
+    """A number, or a schedule over epochs."""
+    error: Literal["squared", "absolute", "huber"] = "squared"
+    """Function of a component's deviation."""
+    huber_delta: Positive = 1.0
+    """Where the Huber error turns from squared to linear, in the label's unit."""
+
+    def weight_at(self, epoch: int) -> float:
+        """The weight in an epoch, counted from 0."""
+        weight = self.weight
+        return weight.at(epoch) if isinstance(weight, WeightSchedule) else weight
+
+
+class EnergyLossConfig(LossTermConfig):
+    """The energy's term of the loss."""
+
+    per_atom: bool = False
+    """Divide the deviation by the number of atoms, before it is squared."""
+
+
+class AtomLossConfig(LossTermConfig):
+    """A term of the loss over a quantity of the atoms."""
+
+    reduction: Literal["structure", "atom"] = "structure"
+    """`structure`: structures count alike; `atom`: all atoms of the batch count alike."""
+
+
+class LossConfig(Section):
+    """`[train.loss]`: the terms, by the quantity that they compare."""
+
+    energy: EnergyLossConfig | None = None
+    forces: AtomLossConfig | None = None
+    total_charge: LossTermConfig | None = None
+    dipole: LossTermConfig | None = None
+    charges: AtomLossConfig | None = None
+
+    @model_validator(mode="after")
+    def _some_term(self) -> Self:
+        if not self.terms:
+            raise _reject("the loss has no term; add for example [train.loss.energy]")
+        return self
+
+    @property
+    def terms(self) -> dict[str, LossTermConfig]:
+        """The terms that are there, by name."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: term for name, term in named.items() if term is not None}
+
+
+MetricNames = Annotated[list[Literal["mae", "rmse"]], Field(min_length=1)]
+
+
+class MetricsConfig(Section):
+    """`[train.metrics]`: which errors are measured of which quantity."""
+
+    energy: MetricNames | None = None
+    forces: MetricNames | None = None
+    total_charge: MetricNames | None = None
+    dipole: MetricNames | None = None
+    charges: MetricNames | None = None
+
+    @property
+    def properties(self) -> dict[str, list[str]]:
+        """The metrics of every quantity that has some."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: list(metrics) for name, metrics in named.items() if metrics is not None}
+
+
+class OptimizerConfig(Section):
+    """`[train.optimizer]`."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3
+    """Learning rate."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+
+
+class ScheduleConfig(Section):
+    """`[train.schedule]`: how the learning rate goes down."""
+
+    name: Literal["reduce_on_plateau", "constant"] = "reduce_on_plateau"
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What the rate is multiplied by on a plateau of the validation loss."""
+    patience: Count = 10
+    """Epochs without improvement that make a plateau."""
+    min_lr: NonNegative = 1e-6
+    """The rate does not go below this."""
+
+
+class EarlyStoppingConfig(Section):
+    """`[train.early_stopping]`: end when the validation loss no longer improves."""
+
+    patience: Count = 50
+    """Epochs without improvement after which training ends."""
+    min_delta: NonNegative = 0.0
+    """Smallest change of the validation loss that counts as improvement."""
+
+
+def _devices(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | str | list):
+        raise _reject(f'found {_shown(value)}; it is a number, a list of numbers, or "auto"')
+    return value
+
+
+class TrainerConfig(Section):
+    """`[train.trainer]`: handed to `lightning.Trainer`, which documents the keys."""
+
+    accelerator: str = "auto"
+    devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = "auto"
+    num_nodes: Count = 1
+    strategy: str = "auto"
+    gradient_clip_val: NonNegative = 10.0
+    """Largest norm of the gradient; a longer one is scaled down to it. 0: no limit."""
+    deterministic: bool = True
+    """Same seed, same machine: the same numbers."""
+
+
+class TrainConfig(Section):
+    """`[train]`: what is trained, on what, how."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the weights and of the order of the batches."""
+    epochs: Count = 100
+    """Passes over the training split, at most."""
+    precision: Literal["32-true"] = "32-true"
+    """Floating-point numbers of the training."""
+    batch: BatchConfig = BatchConfig()
+    potential: PaiNNConfig
+    loss: LossConfig
+    metrics: MetricsConfig | None = None
+    """Those of the loss's quantities, mae and rmse, unless given."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    early_stopping: EarlyStoppingConfig | None = None
+    trainer: TrainerConfig = TrainerConfig()
+
+    @property
+    def measured(self) -> dict[str, list[str]]:
+        """The metrics of every measured quantity."""
+        if self.metrics is not None:
+            return self.metrics.properties
+        return {name: ["mae", "rmse"] for name in self.loss.terms}
+
+
+class Config(Section):
+    """A whole experiment file."""
+
+    prepare: PrepareConfig
+    train: TrainConfig | None = None
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+Location = tuple[str | int, ...]
+
+
+@dataclass
+class Document:
+    """A config as tables, and where each of its keys stands."""
+
+    tables: dict[str, Any]
+    places: dict[Location, str] = field(default_factory=dict)
+
+    def place(self, location: Location) -> str:
+        """`file:line` of a key, or of the nearest table around it that stands somewhere."""
+        for length in range(len(location), -1, -1):
+            if location[:length] in self.places:
+                return self.places[location[:length]]
+        return ""
+
+
+def config_path(experiment: Path) -> Path:
+    """The config of an experiment, which is named by its directory or by the file itself."""
+    path = experiment / "config.toml" if experiment.is_dir() else experiment
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no experiment at {experiment}",
+            where=str(path),
+            allowed="a directory with a config.toml in it, or a TOML file",
+        )
+    return path
+
+
+def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
+    """Read and check an experiment file, with `extends` and `--set` applied.
+
+    Args:
+        path: the TOML file.
+        settings: `KEY=VALUE` strings; a later one wins.
+
+    Raises:
+        ConfigError: with every mistake that there is, each with file, line and key.
+    """
+    document = _read_document(path, ())
+    for setting in settings:
+        _apply_setting(document, setting)
+    try:
+        return Config.model_validate(document.tables)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, document)) from None
+
+
+def resolved_toml(config: Config) -> str:
+    """The whole config with every default written out: a file that runs by itself."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _read_document(path: Path, extended_by: tuple[Path, ...]) -> Document:
+    """One file under the files that it extends; its paths made absolute."""
+    path = path.resolve()
+    if path in extended_by:
+        raise ConfigError("`extends` goes round in a circle", where=str(path))
+    try:
+        text = path.read_bytes()
+        tables = tomli.loads(text.decode())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", where=_origin(extended_by)
+        ) from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not valid TOML: {error}", where=str(path)) from None
+    base = tables.pop("extends", None)
+    document = Document(tables, {loc: f"{path}:{line}" for loc, line in _lines(text)})
+    _resolve_paths(tables, path.parent)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise ConfigError(
+            "`extends` is the path of one TOML file", where=document.place(("extends",))
+        )
+    below = _read_document(path.parent / base, (*extended_by, path))
+    return Document(_merged(below.tables, tables), below.places | document.places)
+
+
+def _origin(extended_by: tuple[Path, ...]) -> str:
+    return f"extends of {extended_by[-1]}" if extended_by else ""
+
+
+def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
+    """Paths are relative to the file they stand in."""
+    prepare = tables.get("prepare")
+    sources = prepare.get("source") if isinstance(prepare, dict) else None
+    for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = str(folder / source["path"])
+        elif isinstance(source, dict) and isinstance(source.get("path"), list):
+            source["path"] = [str(folder / p) if isinstance(p, str) else p for p in source["path"]]
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, table by table; lists are replaced whole."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        result[key] = _merged(below[key], value) if both else value
+    return result
+
+
+def _apply_setting(document: Document, setting: str) -> None:
+    """Lay one `KEY=VALUE` over the document; VALUE is TOML, or else a plain string."""
+    dotted, equals, text = setting.partition("=")
+    keys = [key.strip() for key in dotted.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(
+            f'--set "{setting}" is not a setting',
+            allowed="KEY=VALUE with a dotted key, such as train.optimizer.lr=1e-4",
+        )
+    try:
+        value = tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        value = text.strip()
+    table: Any = document.tables
+    location: Location = ()
+    for key in keys[:-1]:
+        table, location = _step(table, key, location, setting)
+    last: str | int = int(keys[-1]) if isinstance(table, list) and keys[-1].isdigit() else keys[-1]
+    if not isinstance(table, dict) and not (isinstance(last, int) and last < len(table)):
+        raise ConfigError(f'--set "{setting}": {".".join(map(str, location))} is not a table')
+    table[last] = value
+    document.places[(*location, last)] = f"--set {setting}"
+
+
+def _step(table: Any, key: str, location: Location, setting: str) -> tuple[Any, Location]:
+    """One table further down, made where it is not there yet."""
+    if isinstance(table, list) and key.isdigit() and int(key) < len(table):
+        return table[int(key)], (*location, int(key))
+    if isinstance(table, dict):
+        below = table.setdefault(key, {})
+        if isinstance(below, dict | list):
+            return below, (*location, key)
+    raise ConfigError(
+        f'--set "{setting}": there is no table {".".join(map(str, (*location, key)))}'
+    )
+
+
+def _lines(text: bytes) -> Iterator[tuple[Location, int]]:
+    """Where each key and table of a TOML file stands: (location, line)."""
+    import tree_sitter
+    import tree_sitter_toml
+
+    parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_toml.language()))
+    seen: dict[Location, int] = {}  # how often a [[table]] has come, so far
+
+    def key_of(node: tree_sitter.Node) -> Location:
+        if node.type == "dotted_key":
+            return tuple(part for child in node.named_children for part in key_of(child))
+        return ((node.text or b"").decode().strip("\"'"),)
+
+    def indexed(location: Location) -> Location:
+        """A location with the number of the latest [[table]] put in, wherever it is in one."""
+        result: Location = ()
+        for part in location:
+            result = (*result, part)
+            if result in seen:
+                result = (*result, seen[result])
+        return result
+
+    def walk(node: tree_sitter.Node, location: Location) -> Iterator[tuple[Location, int]]:
+        elements = 0
+        for child in node.named_children:
+            if child.type in ("table", "table_array_element"):
+                key = key_of(child.named_children[0])
+                here = (*indexed(key[:-1]), key[-1])
+                if child.type == "table_array_element":
+                    seen[here] = seen.get(here, -1) + 1
+                    here = (*here, seen[here])
+                yield here, child.start_point.row + 1
+                yield from walk(child, here)
+            elif child.type == "pair":
+                here = (*location, *key_of(child.named_children[0]))
+                yield here, child.start_point.row + 1
+                yield from walk_value(child.named_children[-1], here)
+            elif node.type == "array" and child.type != "comment":
+                yield (*location, elements), child.start_point.row + 1
+                yield from walk_value(child, (*location, elements))
+                elements += 1
+
+    def walk_value(node: tree_sitter.Node, location: Location) -> Iterator[tuple[Location, int]]:
+        if node.type in ("inline_table", "array"):
+            yield from walk(node, location)
+
+    return walk(parser.parse(text).root_node, ())
+
+
+# --------------------------------------------------------------------------------------------------
+# What is wrong
+# --------------------------------------------------------------------------------------------------
+
+
+def _describe(error: ValidationError, document: Document) -> str:
+    """Every mistake of a config, in the order of the file."""
+    mistakes = [_describe_one(details, document) for details in error.errors()]
+    head = (
+        "the config has a mistake"
+        if len(mistakes) == 1
+        else f"{len(mistakes)} mistakes in the config"
+    )
+    return "\n".join([head + ":", *mistakes])
+
+
+def _describe_one(details: ErrorDetails, document: Document) -> str:
+    location, section = _locate(details["loc"], document.tables)
+    problem, allowed = _explain(details, section)
+    dotted = ".".join(str(part) for part in location) or "(top level)"
+    place = document.place(location)
+    lines = [f"  {place + '  ' if place else ''}{dotted}", f"    {problem}"]
+    return "\n".join([*lines, *([f"    allowed: {allowed}"] if allowed else [])])
+
+
+def _locate(
+    loc: tuple[str | int, ...], tables: dict[str, Any]
+) -> tuple[Location, type[BaseModel] | None]:
+    """The key that pydantic means, without its own tags, and the section that the key is in."""
+    location: Location = ()
+    section: type[BaseModel] | None = Config
+    value: Any = tables
+    annotation: Any = Config
+    for number, part in enumerate(loc):
+        inside = (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        )
+        if not inside and number < len(loc) - 1:
+            continue
+        if not inside and not isinstance(value, dict):
+            continue
+        section = _section_of(annotation)
+        location = (*location, part)
+        value = value[part] if inside else None
+        annotation = _annotation_below(annotation, part)
+    return location, section
+
+
+def _annotation_below(annotation: Any, part: str | int) -> Any:
+    section = _section_of(annotation)
+    if section is not None and not isinstance(part, int):
+        found = section.model_fields.get(part)
+        return found.annotation if found else None
+    return annotation if isinstance(part, int) else None
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section inside an annotation such as `list[Section]` or `Section | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_args(annotation):
+        for argument in typing.get_args(annotation):
+            found = _section_of(argument)
+            if found is not None:
+                return found
+    return None
+
+
+def _explain(details: ErrorDetails, section: type[BaseModel] | None) -> tuple[str, str]:
+    """(what is wrong, what is allowed) of one mistake."""
+    kind, found = details["type"], details["input"]
+    context = details.get("ctx", {})
+    keys = sorted(section.model_fields) if section is not None else []
+    if kind == "extra_forbidden":
+        hint = did_you_mean(str(details["loc"][-1]), keys)
+        return "; ".join(filter(None, ["unknown key", hint])), ", ".join(keys)
+    if kind == "missing":
+        return "this key is missing", ""
+    if kind == "literal_error":
+        expected = str(context.get("expected", ""))
+        words = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
+        hint = did_you_mean(str(found), words)
+        return "; ".join(filter(None, [f"found {_shown(found)}", hint])), expected
+    if kind == "runner":
+        return str(context["message"]), ""
+    message = details["msg"].replace("Input should be a valid", "it should be of type")
+    message = message.replace("Input", "it")
+    return f"found {_shown(found)}; {message}", ""
+
+
+def _shown(value: object) -> str:
+    """A value as the user wrote it, with its type."""
+    names = {str: "string", bool: "boolean", int: "integer", float: "float", list: "array"}
+    kind = names.get(type(value), "table" if isinstance(value, dict) else type(value).__name__)
+    text = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "…"
+    return f"{text} ({kind})"

@@ -1,0 +1,112 @@
+"""Pictures, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from runner.fields import LABELS
+from runner.structures import Structures
+
+BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8a8a8a"
+POINTS = 20_000  # of a scatter plot at most; a random sample of more looks the same
+
+
+def self_energies(
+    path: Path, total: np.ndarray, corrected: Structures, formulas: Sequence[str]
+) -> None:
+    """Energies before and after the subtraction, and what is left of each composition.
+
+    Args:
+        path: the PNG file.
+        total: total energies, eV.
+        corrected: the same structures, offset-corrected.
+        formulas: composition of each structure.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    top = figure.subplot_mosaic("ab;cc", height_ratios=[1, 1.2])
+    after = corrected.structures.get("energy", np.full(len(corrected), np.nan))
+    _histogram(top["a"], total, "total energy, eV", ORANGE, "before")
+    _histogram(top["b"], after, "energy without self-energies, eV", BLUE, "after")
+    _by_composition(top["c"], after, formulas)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _histogram(axes: Axes, energies: np.ndarray, label: str, color: str, title: str) -> None:
+    known = energies[np.isfinite(energies)]
+    axes.hist(known, bins=60, color=color)
+    axes.set(xlabel=label, ylabel="structures", title=f"{title} the subtraction")
+
+
+def _by_composition(axes: Axes, energies: np.ndarray, formulas: Sequence[str]) -> None:
+    """Mean and range of every composition, the most frequent forty."""
+    names, owner, counts = np.unique(np.asarray(formulas), return_inverse=True, return_counts=True)
+    known = np.isfinite(energies)
+    shown = [c for c in np.argsort(-counts, kind="stable")[:40] if known[owner == c].any()]
+    groups = [energies[known & (owner == c)] for c in shown]
+    shown = [shown[i] for i in np.argsort([group.mean() for group in groups], kind="stable")]
+    groups = sorted(groups, key=lambda group: float(group.mean()))
+    for x, group in enumerate(groups):
+        axes.vlines(x, group.min(), group.max(), color=BLUE, linewidth=3, alpha=0.4)
+        axes.plot(x, group.mean(), "o", color=BLUE, markersize=4)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xticks(range(len(shown)), [str(names[c]) for c in shown], rotation=70, fontsize=8)
+    more = f" (the most frequent 40 of {len(names)})" if len(names) > 40 else ""
+    axes.set(
+        ylabel="energy without self-energies, eV",
+        title=f"what the self-energies leave, by composition: mean and range{more}",
+    )
+
+
+def parity(
+    path: Path, pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], errors: Mapping[str, str]
+) -> None:
+    """Predicted against reference values, a panel a quantity.
+
+    Args:
+        path: the PNG file.
+        pairs: (reference, predicted) components by quantity.
+        errors: what is written into each panel.
+    """
+    figure = Figure(figsize=(4.2 * len(pairs), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for axes, (name, (reference, predicted)) in zip(panels, pairs.items(), strict=True):
+        x, y = reference.ravel(), predicted.ravel()
+        if len(x) > POINTS:
+            chosen = np.random.default_rng(0).choice(len(x), POINTS, replace=False)
+            x, y = x[chosen], y[chosen]
+        ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+        axes.plot(ends, ends, color=GREY, linewidth=0.8)
+        axes.plot(x, y, ".", color=BLUE, markersize=3, alpha=0.5)
+        axes.text(0.04, 0.96, errors.get(name, ""), transform=axes.transAxes, va="top")
+        unit = LABELS[name].unit
+        axes.set(xlabel=f"reference, {unit}", ylabel=f"predicted, {unit}", title=name)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def learning_curves(
+    path: Path, curves: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+) -> None:
+    """Curves over epochs on logarithmic axes, a panel a quantity.
+
+    Args:
+        path: the PNG file.
+        curves: title of a panel → name of a curve → (epochs, values).
+    """
+    shown = {title: lines for title, lines in curves.items() if lines}
+    figure = Figure(figsize=(4.2 * max(len(shown), 1), 3.6), layout="constrained")
+    panels = figure.subplots(1, max(len(shown), 1), squeeze=False)[0]
+    for axes, (title, lines) in zip(panels, shown.items(), strict=False):
+        for (name, (epochs, values)), color in zip(
+            lines.items(), (BLUE, ORANGE, GREY), strict=False
+        ):
+            axes.plot(epochs, values, color=color, label=name, linewidth=1.2)
+        if any(value > 0 for _, values in lines.values() for value in values):
+            axes.set_yscale("log")
+        axes.set(xlabel="epoch", title=title)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120, format="png")

@@ -1,0 +1,268 @@
+"""The prepared dataset: float64 arrays in a Zarr v3 group, named by what they were made from.
+
+A dataset is written aside and renamed, so it is there whole or not at all. Every chunk carries a
+checksum, fill values are NaN, and a chunk that is missing is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from runner.errors import DatasetError
+from runner.structures import Structures
+
+SCHEMA_VERSION = 1
+TRANSFORMATION_VERSION = 1  # raise when the same input would give other numbers
+CHUNK_ROWS = 1 << 16
+SHARD_ROWS = 1 << 20
+
+
+def fingerprint(prepare: Mapping[str, Any], hashes: Sequence[Sequence[str]]) -> str:
+    """SHA-256 of everything that decides the numbers of a dataset.
+
+    Args:
+        prepare: the resolved `[prepare]` table. Its name does not count, nor where the files are.
+        hashes: SHA-256 of the files of each source.
+    """
+    decisive = _decisive(prepare) | {
+        "files": [list(of_source) for of_source in hashes],
+        "transformation": TRANSFORMATION_VERSION,
+    }
+    text = json.dumps(decisive, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def dataset_path(folder: Path, name: str, digest: str) -> Path:
+    """Where a dataset is, or would be."""
+    return folder / f"{name}-{digest[:16]}.zarr"
+
+
+def _decisive(prepare: Mapping[str, Any]) -> dict[str, Any]:
+    sources = [{k: v for k, v in source.items() if k != "path"} for source in prepare["source"]]
+    return {k: v for k, v in prepare.items() if k != "name"} | {"source": sources}
+
+
+def write_dataset(
+    path: Path,
+    structures: Structures,
+    attributes: Mapping[str, Any],
+    beside: Callable[[Path], None],
+) -> None:
+    """Write a dataset aside, then rename it to its place.
+
+    Args:
+        path: where it will be; if another process has put it there meanwhile, that one stays.
+        structures: in the order in which they are to be stored.
+        attributes: of the group, plain data.
+        beside: called with the path of a picture to draw before the dataset appears.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
+    aside = path.with_name(
+        f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    )
+    picture = aside.with_suffix(".png")
+    try:
+        group = zarr.open_group(aside, mode="w-", zarr_format=3)
+        group.attrs.update(dict(attributes))
+        by_structure = {"first_atom": structures.first_atom, **structures.structures}
+        _write_arrays(group.create_group("structures"), by_structure)
+        _write_arrays(group.create_group("atoms"), structures.atoms)
+        PreparedDataset(aside)  # what cannot be opened does not get its name
+        beside(picture)
+        picture.replace(path.with_suffix(".png"))
+        with contextlib.suppress(OSError):  # another process was faster, with the same content
+            aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        picture.unlink(missing_ok=True)
+
+
+def _write_arrays(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write with zarr's own codecs: those in Rust leave out a shard that holds only fill values."""
+    for name, array in arrays.items():
+        rows = max(len(array), 1)
+        chunk = min(CHUNK_ROWS, rows)
+        shard = min(SHARD_ROWS, -(-rows // chunk) * chunk)
+        stored = group.create_array(
+            name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=(chunk, *array.shape[1:]),
+            shards=(shard, *array.shape[1:]),
+            serializer=BytesCodec(),
+            compressors=(ZstdCodec(level=1), Crc32cCodec()),
+            fill_value=np.nan if array.dtype.kind == "f" else 0,
+            config={"write_empty_chunks": True},
+        )
+        stored[...] = array
+
+
+@contextlib.contextmanager
+def _rust_codecs() -> Iterator[None]:
+    """zarr with its codecs in Rust, where they work."""
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(ImportError):
+        import zarrs  # noqa: F401
+
+        settings["codec_pipeline.path"] = "zarrs.ZarrsCodecPipeline"
+    with zarr.config.set(settings):
+        yield
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what processes of this machine left behind when they were killed."""
+    for entry in folder.glob(f".*.zarr.{socket.gethostname()}.*"):
+        process = entry.name.removesuffix(".png").split(".")[-2]
+        if process.isdigit() and not _is_running(int(process)):
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class PreparedDataset:
+    """A prepared dataset on disk.
+
+    Attributes:
+        path: its folder.
+        attributes: what it says of itself: `fingerprint`, `splits`, `self_energies`, `fit`, …
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a dataset and see that it is whole.
+
+        Raises:
+            DatasetError: it is not there, is of another version, or lacks a part.
+        """
+        self.path = path
+        if not path.is_dir():
+            raise DatasetError(f"there is no prepared dataset at {path}")
+        try:
+            with _rust_codecs():
+                self._group = zarr.open_group(path, mode="r", zarr_format=3)
+                self.attributes: dict[str, Any] = dict(self._group.attrs)
+                self._arrays = {
+                    f"{table}/{name}": array
+                    for table in ("structures", "atoms")
+                    for name, array in self._group.require_group(table).arrays()
+                }
+        except Exception as error:  # zarr raises many kinds for a damaged hierarchy
+            raise self._damaged(str(error)) from error
+        if self.attributes.get("schema_version") != SCHEMA_VERSION:
+            raise self._damaged(f"its schema version is {self.attributes.get('schema_version')}")
+        self._check_chunks()
+
+    def read(self, split: str) -> Structures:
+        """The structures of one split, in their stored order, float64.
+
+        Raises:
+            DatasetError: a chunk is missing, or its checksum is wrong.
+        """
+        start, stop = self.attributes["splits"][split]
+        first_atom = self._read("structures/first_atom", start, stop + 1)
+        rows = (int(first_atom[0]), int(first_atom[-1]))
+        structures, atoms = {}, {}
+        for key in self._arrays:
+            table, name = key.split("/")
+            if table == "atoms":
+                atoms[name] = self._read(key, *rows)
+            elif name != "first_atom":
+                structures[name] = self._read(key, start, stop)
+        return Structures(first_atom - first_atom[0], atoms, structures)
+
+    @property
+    def n_atoms(self) -> int:
+        """Atoms of all structures."""
+        return int(self._arrays["atoms/atomic_numbers"].shape[0])
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many structures have each label that the dataset holds."""
+        return dict(self.attributes["statistics"]["coverage"])
+
+    def _read(self, key: str, start: int, stop: int) -> np.ndarray:
+        try:
+            with _rust_codecs():
+                return np.asarray(self._arrays[key][start:stop])
+        except KeyError:
+            raise self._damaged(f"the array {key} is missing") from None
+        except Exception as error:  # both codec pipelines raise kinds of their own
+            raise self._damaged(f"the array {key} cannot be read: {error}") from error
+
+    def _check_chunks(self) -> None:
+        for key, array in self._arrays.items():
+            shards = -(-array.shape[0] // (array.shards or array.chunks)[0])
+            for number in range(shards):
+                chunk = self.path / key / "c" / "/".join([str(number), *["0"] * (array.ndim - 1)])
+                if not chunk.is_file():
+                    raise self._damaged(f"chunk {number} of the array {key} is missing")
+
+    def _damaged(self, what: str) -> DatasetError:
+        return DatasetError(
+            f"the prepared dataset is damaged: {what}",
+            where=str(self.path),
+            remedy="delete this folder and run `runner prepare` again",
+        )
+
+
+def why_not_reused(
+    folder: Path, name: str, prepare: Mapping[str, Any], hashes: Sequence[Sequence[str]]
+) -> list[str]:
+    """How what is asked for differs from the latest dataset of the same name.
+
+    Returns:
+        Lines such as `split.seed: 0 → 1`; empty if there is no dataset of that name.
+    """
+    candidates = sorted(folder.glob(f"{name}-*.zarr"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(candidates):
+        try:
+            old = json.loads((path / "zarr.json").read_text())["attributes"]
+        except (OSError, ValueError, KeyError):
+            continue
+        before = _flat(_decisive(old["prepare"])) | {"files": old["files"]}
+        after = _flat(_decisive(prepare)) | {"files": [list(of_source) for of_source in hashes]}
+        return _differences(before, after)
+    return []
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        if key == "files":
+            lines.append("the content of the source files")
+        else:
+            lines.append(f"{key}: {before.get(key, '(absent)')} → {after.get(key, '(absent)')}")
+    return lines or ["the version of the program's transformation"]
+
+
+def _flat(table: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested tables and lists."""
+    items = enumerate(table) if isinstance(table, list) else table.items()
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        dotted = f"{prefix}{key}"
+        flat |= _flat(value, f"{dotted}.") if isinstance(value, dict | list) else {dotted: value}
+    return flat

@@ -1,0 +1,54 @@
+"""What the user sees: text and tables on the terminal, the same in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+class Terminal:
+    """Where a command says what it does: standard output, or standard error beside `--json`."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        """Write to standard output, or to standard error."""
+        self.console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+        self._logs: list[Console] = []
+
+    def say(self, *lines: RenderableType) -> None:
+        """Show lines of text or tables."""
+        for console in (self.console, *self._logs):
+            console.print(*lines, sep="\n", markup=False)
+
+    def note(self, line: str) -> None:
+        """Write a line to the log files alone."""
+        for console in self._logs:
+            console.print(line, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Show something that may be wrong."""
+        self.say(Text(f"warning: {text}", style="yellow"))
+
+    @contextlib.contextmanager
+    def log_to(self, path: Path) -> Iterator[None]:
+        """Write everything that is said to a file as well."""
+        with path.open("a", encoding="utf-8") as file:
+            self._logs.append(Console(file=file, width=120, highlight=False, soft_wrap=True))
+            try:
+                yield
+            finally:
+                self._logs.pop()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table: the first column is text, the others are numbers."""
+    result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        result.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*row)
+    return result

@@ -1,0 +1,77 @@
+"""Units: parsed by pint, checked for their dimension, converted once."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import UnitError
+
+if TYPE_CHECKING:
+    import pint
+
+
+@functools.cache
+def _registry() -> pint.UnitRegistry[Any]:
+    """pint's registry; imported late because it takes a quarter of a second."""
+    import pint
+
+    return pint.UnitRegistry()
+
+
+def conversion_factor(unit: str, target: str) -> float:
+    """The number by which values in `unit` are multiplied to be in `target`.
+
+    Energies per amount of substance (kcal/mol) are taken per molecule.
+
+    Args:
+        unit: any unit that pint knows, e.g. "hartree/bohr".
+        target: the unit inside the program, e.g. "eV/angstrom".
+
+    Raises:
+        UnitError: unknown unit, or one of another dimension than `target`.
+    """
+    registry = _registry()
+    found = _parse(unit)
+    if found.dimensionality.get("[substance]") == -1:
+        found = found / registry.Quantity(1.0, "avogadro_constant")
+    wanted = registry.Quantity(1.0, target or "dimensionless")
+    if found.dimensionality != wanted.dimensionality:
+        raise UnitError(
+            f'the unit "{unit}" has the wrong dimension: it does not convert to "{target}"',
+            allowed=f'units of the same dimension as "{target}"',
+        )
+    return float(found.to(wanted.units).magnitude)
+
+
+def parse_quantity(text: str, target: str) -> float:
+    """The value in `target` of a quantity with its unit, e.g. "5 angstrom".
+
+    Raises:
+        UnitError: no number, no unit, an unknown one, or one of another dimension.
+    """
+    number, _, unit = text.strip().partition(" ")
+    try:
+        value = float(number)
+    except ValueError:
+        raise UnitError(
+            f'"{text}" is not a quantity',
+            allowed=f'a number, a space and a unit, such as "5 {target}"',
+        ) from None
+    if not unit.strip():
+        raise UnitError(
+            f'"{text}" has no unit', allowed=f'a quantity with its unit, such as "{text} {target}"'
+        )
+    return value * conversion_factor(unit.strip(), target)
+
+
+def _parse(unit: str) -> pint.Quantity[Any]:
+    """One `unit`; pint's many ways of refusing a text become one error."""
+    registry = _registry()
+    try:
+        return registry.Quantity(1.0, registry.parse_units(unit))
+    except Exception as error:  # pint raises tokenize, syntax, attribute and its own errors
+        raise UnitError(
+            f'"{unit}" is not a unit',
+            allowed="a unit such as eV, hartree, kcal/mol, eV/angstrom, hartree/bohr, e*angstrom",
+        ) from error
