@@ -44,13 +44,14 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Build the prepared dataset of an experiment, or find it in the cache."""
-    from runner import prepare as verb
     from runner.config import config_path, load_config
+    from runner.prepare import default_data_dir
+    from runner.prepare import prepare as verb
     from runner.terminal import Terminal
 
     path = config_path(experiment)
     config = load_config(path, settings or [])
-    result = verb.prepare(config, data_dir or verb.default_data_dir(path), Terminal(stderr=as_json))
+    result = verb(config, data_dir or default_data_dir(path), Terminal(stderr=as_json))
     _print_json(result, as_json)
 
 
@@ -62,15 +63,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train on the prepared dataset of an experiment, into a new run directory."""
-    from runner import train as verb
     from runner.config import config_path, load_config
     from runner.prepare import default_data_dir
     from runner.terminal import Terminal
+    from runner.train import train as verb
 
     path = config_path(experiment)
     config = load_config(path, settings or [])
     folder = data_dir or default_data_dir(path)
-    result = verb.train(config, path, folder, Terminal(stderr=as_json), command=sys.argv)
+    result = verb(config, path, folder, Terminal(stderr=as_json), command=sys.argv)
     _print_json(result, as_json)
 
 
@@ -82,18 +83,20 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Prepare, then train."""
-    from runner import prepare as first
-    from runner import train as second
     from runner.config import config_path, load_config
+    from runner.prepare import default_data_dir
+    from runner.prepare import prepare as first
     from runner.terminal import Terminal
+    from runner.train import require_train
+    from runner.train import train as second
 
     path = config_path(experiment)
     config = load_config(path, settings or [])
-    second.require_train(config, path)
-    folder = data_dir or first.default_data_dir(path)
+    require_train(config, path)
+    folder = data_dir or default_data_dir(path)
     terminal = Terminal(stderr=as_json)
-    prepared = first.prepare(config, folder, terminal)
-    trained = second.train(config, path, folder, terminal, command=sys.argv)
+    prepared = first(config, folder, terminal)
+    trained = second(config, path, folder, terminal, command=sys.argv)
     _print_json({"prepare": prepared, "train": trained}, as_json)
 
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import tomli
 import tomli_w
@@ -107,7 +107,7 @@ class LabelConfig(Section):
     """`"nan"`: a NaN in the file means that there is no label, rather than a mistake."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def _one_origin(self) -> LabelConfig:
         if (self.key is None) == (self.value is None):
             raise _reject('exactly one of "key" and "value" is needed')
         return self
@@ -183,7 +183,7 @@ class SelfEnergiesConfig(Section):
     """What to do where compositions cannot tell the elements apart."""
 
     @model_validator(mode="after")
-    def _values_fit_the_method(self) -> Self:
+    def _values_fit_the_method(self) -> SelfEnergiesConfig:
         if self.method == "given" and not self.values:
             raise _reject('method = "given" needs values = { H = "-13.6 eV", … }')
         if self.method == "none" and self.values:
@@ -208,7 +208,7 @@ class SplitConfig(Section):
     """With `group`: `"formula"`, `"source"`, or a key of the file that names the group."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> SplitConfig:
         shares = (self.train, self.val, self.test)
         if len({type(share) for share in shares if share != 0}) > 1:
             raise _reject("train, val and test must be all fractions or all counts")
@@ -232,7 +232,7 @@ class PrepareConfig(Section):
     split: SplitConfig = SplitConfig()
 
     @model_validator(mode="after")
-    def _energies_to_fit(self) -> Self:
+    def _energies_to_fit(self) -> PrepareConfig:
         if self.self_energies.method != "none" and not any(s.energy for s in self.source):
             raise _reject(
                 "no source maps an energy, so there is nothing to fit; add "
@@ -331,7 +331,7 @@ class LossConfig(Section):
     charges: AtomLossConfig | None = None
 
     @model_validator(mode="after")
-    def _some_term(self) -> Self:
+    def _some_term(self) -> LossConfig:
         if not self.terms:
             raise _reject("the loss has no term; add for example [train.loss.energy]")
         return self

@@ -328,7 +328,7 @@ def uncovered(
         composition: atoms of each element in each structure.
     """
     known = np.array([symbol in fit.values for symbol in elements], bool)
-    unknown_element: np.ndarray = composition[:, ~known].any(axis=1)
+    unknown_element: np.ndarray = np.any(composition[:, ~known], axis=1)
     if fit.method != "fit":
         return unknown_element
     column = {symbol: number for number, symbol in enumerate(fit.elements)}
@@ -338,8 +338,8 @@ def uncovered(
             wide[:, column[symbol]] = composition[:, number]
     basis = np.array(fit.row_space).reshape(-1, len(fit.elements))
     outside = np.linalg.norm(wide - wide @ basis.T @ basis, axis=1)
-    far = np.asarray(outside > ROW_SPACE_TOLERANCE * np.maximum(np.linalg.norm(wide, axis=1), 1.0))
-    result: np.ndarray = unknown_element | far
+    lengths = np.maximum(np.linalg.norm(wide, axis=1), 1.0)
+    result: np.ndarray = np.logical_or(unknown_element, outside > ROW_SPACE_TOLERANCE * lengths)
     return result
 
 

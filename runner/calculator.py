@@ -1,0 +1,79 @@
+"""A trained potential as an ASE calculator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+
+from runner.errors import InputError
+from runner.potentials import FROM_CHARGES
+from runner.predictor import Predictor
+from runner.structures import Structures
+
+
+class NNPCalculator(Calculator):  # type: ignore[misc]
+    """Energy (absolute, eV), forces (eV/Å), and, if trained for, dipole (e·Å) and charges (e).
+
+    Example:
+        >>> atoms.calc = NNPCalculator("experiments/quickstart/runs/latest")
+        >>> atoms.get_potential_energy()
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "forces", "dipole", "charges"]
+
+    def __init__(self, run: str | Path, device: str = "cpu", **kwargs: Any) -> None:
+        """Load the best checkpoint of a run.
+
+        Args:
+            run: a run directory, or a checkpoint.
+            device: of torch, such as "cuda".
+            kwargs: of `ase.calculators.calculator.Calculator`.
+
+        Raises:
+            RunError: there is no such run.
+        """
+        super().__init__(**kwargs)
+        self.predictor = Predictor.load(Path(run), device)
+        if not FROM_CHARGES & set(self.predictor.quantities):
+            self.implemented_properties = ["energy", "forces"]  # type: ignore[misc]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Compute everything for `atoms`; ASE calls this.
+
+        Raises:
+            InputError: periodic boundary conditions.
+            SelfEnergyError: an element that the potential was not trained on.
+        """
+        super().calculate(atoms, properties, system_changes)
+        assert self.atoms is not None  # a copy of what was asked about
+        if self.atoms.pbc.any():
+            raise InputError(
+                "the potential cannot compute periodic structures yet",
+                where=str(self.atoms.symbols),
+                remedy="set atoms.pbc = False for a molecule",
+            )
+        structures = Structures(
+            first_atom=np.array([0, len(self.atoms)], np.int64),
+            atoms={
+                "atomic_numbers": self.atoms.numbers.astype(np.uint8),
+                "positions": np.asarray(self.atoms.positions, np.float64),
+            },
+            structures={},
+        )
+        prediction = self.predictor.predict(structures, where=str(self.atoms.symbols))
+        self.results = {
+            "energy": float(prediction["energy"][0]),
+            "forces": prediction["forces"],
+        }
+        if "charges" in self.implemented_properties:
+            self.results |= {"charges": prediction["charges"], "dipole": prediction["dipole"][0]}

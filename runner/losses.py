@@ -1,0 +1,158 @@
+r"""Losses: how far a prediction is from the labels, structure by structure.
+
+Every term is a mean of ℓ_s over the structures that have the label. With N_s atoms in structure s,
+and e the error function of a component (its square, unless the config says otherwise):
+
+====================================  ==========================================================
+`PerStructureSquaredError`            mean over components of e(ŷ − y); with `per_atom` of
+                                      e((ŷ − y)/N_s)
+`PerAtomToStructureSquaredError`      Σ_i Σ_k e(ŷ_ik − y_ik) / (K N_s), K components an atom
+`TotalChargeError`                    e(Σ_i q̂_i − Q)
+`DipoleMomentError`                   Σ_k e((Σ_i q̂_i r_i − μ)_k) / 3
+====================================  ==========================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from runner.batches import Batch
+from runner.config import AtomLossConfig, EnergyLossConfig, LossConfig, LossTermConfig
+
+ErrorFunction = Callable[[Tensor, float], Tensor]
+
+
+def _huber(difference: Tensor, delta: float) -> Tensor:
+    return nn.functional.huber_loss(
+        difference, torch.zeros_like(difference), reduction="none", delta=delta
+    )
+
+
+ERRORS: dict[str, ErrorFunction] = {
+    "squared": lambda difference, _: difference.square(),
+    "absolute": lambda difference, _: difference.abs(),
+    "huber": _huber,
+}
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum and how many things it is over, so that means stay exact over unequal batches."""
+
+    total: Float[Tensor, ""]
+    count: Float[Tensor, ""]
+
+    @property
+    def mean(self) -> Float[Tensor, ""]:
+        """The mean; 0 of nothing, with zero gradient."""
+        return self.total / self.count.clamp(min=1)
+
+
+class PerStructureSquaredError(nn.Module):
+    """Mean over components of the squared deviation of a structure's quantity."""
+
+    def __init__(self, name: str, config: LossTermConfig) -> None:
+        """Compare the quantity `name`."""
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.per_atom = isinstance(config, EnergyLossConfig) and config.per_atom
+
+    def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
+        """Σ_s ℓ_s over the structures that have the label, and their number."""
+        difference = prediction[self.name] - batch.labels[self.name]
+        components = difference.reshape(batch.n_structures, -1)
+        if self.per_atom:
+            components = components / batch.n_atoms.unsqueeze(-1)
+        mask = batch.labelled.get(self.name)
+        components = _masked(components, mask)
+        values = ERRORS[self.config.error](components, self.config.huber_delta).mean(dim=-1)
+        return Sum(values.sum(), _count(mask, values))
+
+
+class PerAtomToStructureSquaredError(nn.Module):
+    """Squared deviation of the atoms' quantity, per atom and component of the structure.
+
+    With `reduction = "atom"` all atoms of the batch count alike, instead of all structures.
+    """
+
+    def __init__(self, name: str, config: LossTermConfig) -> None:
+        """Compare the quantity `name`."""
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.pooled = isinstance(config, AtomLossConfig) and config.reduction == "atom"
+
+    def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
+        """Σ_s ℓ_s over the structures that have the label, and their number."""
+        difference = prediction[self.name] - batch.labels[self.name]
+        components = difference.reshape(len(batch.structure), -1)
+        mask = batch.labelled.get(self.name)
+        atom_mask = None if mask is None else mask[batch.structure]
+        components = _masked(components, atom_mask)
+        values = ERRORS[self.config.error](components, self.config.huber_delta).mean(dim=-1)
+        if self.pooled:
+            return Sum(values.sum(), _count(atom_mask, values))
+        per_structure = batch.sum_by_structure(values) / batch.n_atoms
+        return Sum(per_structure.sum(), _count(mask, per_structure))
+
+
+class TotalChargeError(PerStructureSquaredError):
+    """(Σ_i q̂_i − Q)²: the charges of the atoms sum to the structure's."""
+
+
+class DipoleMomentError(PerStructureSquaredError):
+    """‖Σ_i q̂_i r_i − μ‖² / 3, about the origin of the positions as given."""
+
+
+LOSSES: dict[str, type[PerStructureSquaredError | PerAtomToStructureSquaredError]] = {
+    "energy": PerStructureSquaredError,
+    "forces": PerAtomToStructureSquaredError,
+    "total_charge": TotalChargeError,
+    "dipole": DipoleMomentError,
+    "charges": PerAtomToStructureSquaredError,
+}
+
+
+class Loss(nn.Module):
+    """The weighted sum of all terms."""
+
+    def __init__(self, config: LossConfig) -> None:
+        """Build every term of the config."""
+        super().__init__()
+        self.config = config
+        self.terms = nn.ModuleDict(
+            {name: LOSSES[name](name, term) for name, term in config.terms.items()}
+        )
+
+    def sums(self, prediction: Mapping[str, Tensor], batch: Batch) -> dict[str, Sum]:
+        """Every term, unweighted, with what it was summed over."""
+        return {name: term(prediction, batch) for name, term in self.terms.items()}
+
+    def total(self, means: Mapping[str, Tensor], epoch: int) -> Tensor:
+        """Weighted sum of the terms' means, with the weights of an epoch, counted from 0."""
+        weighted = [self.config.terms[name].weight_at(epoch) * means[name] for name in self.terms]
+        return torch.stack(weighted).sum()
+
+    def forward(
+        self, prediction: Mapping[str, Tensor], batch: Batch, epoch: int = 0
+    ) -> dict[str, Tensor]:
+        """Every term unweighted, by name, and their weighted sum as `total_loss`."""
+        means = {name: term.mean for name, term in self.sums(prediction, batch).items()}
+        return means | {"total_loss": self.total(means, epoch)}
+
+
+def _masked(
+    components: Float[Tensor, "n components"], mask: Bool[Tensor, " n"] | None
+) -> Float[Tensor, "n components"]:
+    """Zero, also in the gradient, where there is no label."""
+    return components if mask is None else torch.where(mask.unsqueeze(-1), components, 0.0)
+
+
+def _count(mask: Bool[Tensor, " n"] | None, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    return values.new_tensor(len(values)) if mask is None else mask.sum().to(values.dtype)

@@ -1,0 +1,65 @@
+"""What several architectures share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from runner.batches import Batch
+
+
+def pair_vectors(
+    batch: Batch,
+) -> tuple[Float[Tensor, " n_pairs"], Float[Tensor, "n_pairs 3"]]:
+    """Distances r_ij in Å, and unit vectors from centre i to neighbour j."""
+    i, j = batch.pairs
+    separation = batch.positions.index_select(0, j) - batch.positions.index_select(0, i)
+    distance = torch.linalg.vector_norm(separation, dim=-1)
+    return distance, separation / distance.unsqueeze(-1)
+
+
+class BesselBasis(nn.Module):
+    r"""Radial basis :math:`\sin(n\pi r/r_c)/r`, n = 1 … N.
+
+    Source:
+        Gasteiger et al., ICLR 2020, arXiv:2003.03123, eq. 7, without its constant factor, as
+        Schütt et al. 2021 use it.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, size: int, cutoff: float) -> None:
+        """Make `size` functions that vanish at `cutoff`, Å."""
+        super().__init__()
+        frequencies = torch.arange(1, size + 1) * (math.pi / cutoff)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, distance: Float[Tensor, " n_pairs"]) -> Float[Tensor, "n_pairs size"]:
+        """Values at each distance, Å."""
+        r = distance.unsqueeze(-1)
+        return torch.sin(r * self.frequencies) / r
+
+
+def cosine_cutoff(distance: Float[Tensor, " n_pairs"], cutoff: float) -> Float[Tensor, " n_pairs"]:
+    r"""½ (cos(πr/r_c) + 1): value and slope vanish at the cutoff.
+
+    Source:
+        Behler, J. Chem. Phys. 134, 074106 (2011), doi:10.1063/1.3553717, eq. 4.
+    """
+    inside = distance < cutoff
+    return torch.where(inside, 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1.0), 0.0)
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers of these sizes with SiLU between them."""
+    layers: list[nn.Module] = []
+    for size_in, size_out in itertools.pairwise(sizes):
+        linear = nn.Linear(size_in, size_out)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.SiLU()]
+    return nn.Sequential(*layers[:-1])

@@ -1,0 +1,120 @@
+"""A trained potential at work: absolute energies and forces from a run or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.batches import make_batch
+from runner.config import PaiNNConfig, TrainConfig
+from runner.errors import RunError
+from runner.fields import LABELS
+from runner.potentials import Potential, build_potential
+from runner.self_energies import (
+    SelfEnergyFit,
+    check_covered,
+    compositions,
+    sum_of_self_energies,
+)
+from runner.store import PreparedDataset
+from runner.structures import Structures
+
+CHECKPOINT_VERSION = 1
+
+
+def passport(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
+    """What has to travel with the weights for them to be of use: plain data only."""
+    attributes = dataset.attributes
+    return {
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "potential": config.potential.model_dump(mode="json"),
+        "quantities": sorted({*config.loss.terms, *config.measured}),
+        "self_energies": attributes["self_energies"],
+        "fit": attributes["fit"],
+        "statistics": attributes["statistics"],
+        "units": attributes["units"],
+        "elements": attributes["elements"],
+        "fingerprint": attributes["fingerprint"],
+    }
+
+
+class Predictor:
+    """Predicts absolute energies, forces and whatever else the potential was trained for."""
+
+    def __init__(self, potential: Potential, passport: Mapping[str, Any]) -> None:
+        """Use a trained potential.
+
+        Args:
+            potential: with its weights.
+            passport: of its checkpoint.
+        """
+        self.potential = potential.eval()
+        self.cutoff: float = PaiNNConfig.model_validate(passport["potential"]).cutoff
+        self.quantities: list[str] = list(passport["quantities"])
+        self.fit = SelfEnergyFit(values=passport["self_energies"], **passport["fit"])
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu") -> Predictor:
+        """Load a checkpoint, or the best one of a run directory.
+
+        Raises:
+            RunError: there is none, or it is of another version.
+        """
+        file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+        if not file.is_file():
+            raise RunError(
+                f"there is no checkpoint at {file}",
+                allowed="a run directory, such as experiments/quickstart/runs/latest, or a .ckpt "
+                "file",
+            )
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        passport = checkpoint.get("runner", {})
+        if passport.get("checkpoint_version") != CHECKPOINT_VERSION:
+            raise RunError(
+                "the checkpoint was not written by this version of runner",
+                where=str(file),
+                allowed=f"checkpoint version {CHECKPOINT_VERSION}",
+            )
+        config = PaiNNConfig.model_validate(passport["potential"])
+        potential = build_potential(config, passport["quantities"], passport["statistics"]["train"])
+        prefix = "potential."
+        potential.load_state_dict(
+            {
+                name.removeprefix(prefix): tensor
+                for name, tensor in checkpoint["state_dict"].items()
+                if name.startswith(prefix)
+            }
+        )
+        return cls(potential.to(device), passport)
+
+    def predict(self, structures: Structures, where: str = "") -> dict[str, np.ndarray]:
+        """Predict all quantities of some structures, as one batch.
+
+        Args:
+            structures: positions in Å.
+            where: a name for them in errors.
+
+        Returns:
+            float64 arrays by name, as `runner.fields` shapes them; `energy` is absolute, eV.
+
+        Raises:
+            SelfEnergyError: an element, or a composition, that the training data says nothing
+                about.
+        """
+        elements, composition = compositions(
+            structures.first_atom, structures.atoms["atomic_numbers"]
+        )
+        check_covered(self.fit, elements, composition, lambda index: where or f"structure {index}")
+        device = self.potential.scale.device
+        batch = make_batch(structures, self.cutoff, self.potential.scale.dtype).to(device)
+        prediction = {
+            name: value.detach().cpu().double().numpy()
+            for name, value in self.potential(batch).items()
+            if name in LABELS
+        }
+        offsets = sum_of_self_energies(self.fit.values, elements, composition)
+        return prediction | {"energy": prediction["energy"] + offsets}

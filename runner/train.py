@@ -1,0 +1,372 @@
+"""`runner train`: float32 batches → Lightning loop → a run directory with a potential in it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from runner import plots
+from runner.config import Config, TrainConfig
+from runner.datamodule import PreparedDataModule
+from runner.errors import ConfigError, DatasetError, RunError
+from runner.experiment import RunDirectory
+from runner.fields import LABELS
+from runner.metrics import labelled_components
+from runner.potentials import Potential, build_potential
+from runner.predictor import Predictor, passport
+from runner.prepare import find_prepared
+from runner.store import PreparedDataset
+from runner.terminal import Terminal, table
+from runner.training import MONITOR, Training
+
+
+def train(
+    config: Config, config_file: Path, data_dir: Path, terminal: Terminal, command: Sequence[str]
+) -> dict[str, Any]:
+    """Train the potential of an experiment on its prepared dataset.
+
+    Returns:
+        What `runner train --json` prints.
+    """
+    started = time.perf_counter()
+    settings = require_train(config, config_file)
+    dataset = find_prepared(config, data_dir, f"runner prepare {_experiment(config_file)}")
+    _check_data(settings, dataset)
+    run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
+    with terminal.log_to(run.path / "log.txt"):
+        terminal.say(f"run {run.path}", f"dataset {dataset.path}")
+        try:
+            result = _train(settings, dataset, run, terminal)
+        except KeyboardInterrupt:
+            run.finish("interrupted")
+            terminal.say(f"interrupted; the weights so far are in {run.path / 'checkpoints'}")
+            raise
+        except BaseException:
+            run.finish("failed")
+            raise
+    run.finish("finished")
+    return result | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def require_train(config: Config, config_file: Path) -> TrainConfig:
+    """The `[train]` table of a config.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.train is None:
+        raise ConfigError(
+            "the config has no [train] table, so there is nothing to train",
+            where=str(config_file),
+            remedy="add [train.potential] and [train.loss.energy], see the README",
+        )
+    return config.train
+
+
+def _train(
+    config: TrainConfig, dataset: PreparedDataset, run: RunDirectory, terminal: Terminal
+) -> dict[str, Any]:
+    """Fit, test from the best checkpoint, write what came out."""
+    lightning.seed_everything(config.seed, verbose=False)
+    # filling fresh memory costs time and changes no number
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    data = PreparedDataModule(
+        dataset, config.batch.structures, config.potential.cutoff, config.seed
+    )
+    quantities = {*config.loss.terms, *config.measured}
+    potential = build_potential(
+        config.potential, quantities, dataset.attributes["statistics"]["train"]
+    )
+    weights = sum(parameter.numel() for parameter in potential.parameters())
+    terminal.say(f"potential {config.potential.name}, {weights} weights")
+    module = Training(potential, config, passport(config, dataset))
+    trainer = _trainer(config, run, terminal)
+    _fit(trainer, module, data)
+    best = _best_epoch(run.path / "metrics.csv")
+    test = _test(trainer, module, data, run, terminal)
+    plots.learning_curves(run.path / "learning_curves.png", _curves(run.path / "metrics.csv"))
+    return {
+        "run": str(run.path),
+        "dataset": str(dataset.path),
+        "fingerprint": dataset.attributes["fingerprint"],
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "best": best,
+        "test": test,
+    }
+
+
+def _check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
+    """Refuse what cannot be trained on this dataset, before anything is computed."""
+    for name in {*config.loss.terms, *config.measured}:
+        if name not in dataset.labels:
+            section = "loss" if name in config.loss.terms else "metrics"
+            raise DatasetError(
+                f"the prepared dataset has no {name}",
+                where=f"train.{section}.{name}",
+                allowed=", ".join(dataset.labels),
+                remedy=f"map {name} in [[prepare.source]], or take it out of train.{section}",
+            )
+    start, stop = dataset.attributes["splits"]["val"]
+    if start == stop:
+        raise DatasetError(
+            "the validation split is empty, and the best epoch is chosen by it",
+            where="prepare.split.val",
+            remedy="give it a share of the structures",
+        )
+    if config.trainer.num_nodes > 1 or _several(config.trainer.devices):
+        raise ConfigError(
+            "training on several devices is not supported yet",
+            where="train.trainer",
+            allowed="devices = 1, num_nodes = 1",
+        )
+
+
+def _several(devices: int | str | list[int]) -> bool:
+    return devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1)
+
+
+def _manifest(
+    config: TrainConfig, dataset: PreparedDataset, command: Sequence[str]
+) -> dict[str, Any]:
+    attributes = dataset.attributes
+    return {
+        "command": list(command),
+        "seed": config.seed,
+        "dataset": str(dataset.path),
+        "fingerprint": attributes["fingerprint"],
+        "sources": attributes["sources"],
+        "splits": attributes["splits"],
+        "self_energies": attributes["self_energies"],
+    }
+
+
+def _experiment(config_file: Path) -> Path:
+    return config_file.parent if config_file.name == "config.toml" else config_file
+
+
+def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> lightning.Trainer:
+    for name in ("lightning.pytorch", "lightning.fabric"):  # what it says at every start
+        logging.getLogger(name).setLevel(logging.WARNING)
+    settings = config.trainer.model_dump()
+    settings["devices"] = 1 if settings["devices"] == "auto" else settings["devices"]
+    interactive = sys.stderr.isatty() and terminal.console.is_terminal
+    return lightning.Trainer(
+        **settings,
+        precision=config.precision,
+        max_epochs=config.epochs,
+        inference_mode=False,  # forces need gradients, in validation too
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        enable_model_summary=False,
+        enable_progress_bar=interactive,
+        use_distributed_sampler=False,
+        default_root_dir=run.path,
+        logger=[
+            CSVLogger(run.path, name="", version="", flush_logs_every_n_steps=1),
+            TensorBoardLogger(run.path, name="", version=""),
+            EpochLines(terminal, config, to_file=interactive),
+        ],
+        callbacks=[
+            *([RichProgressBar()] if interactive else []),
+            *_checkpoints(run.path / "checkpoints"),
+            *_early_stopping(config),
+        ],
+    )
+
+
+def _checkpoints(folder: Path) -> list[Callback]:
+    """The best by the validation loss, and the last, also when something stops the run."""
+    best = ModelCheckpoint(folder, "best", monitor=MONITOR, enable_version_counter=False)
+    last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_exception=True)
+    return [best, last]
+
+
+def _early_stopping(config: TrainConfig) -> list[Callback]:
+    settings = config.early_stopping
+    if settings is None:
+        return []
+    return [EarlyStopping(MONITOR, min_delta=settings.min_delta, patience=settings.patience)]
+
+
+def _fit(trainer: lightning.Trainer, module: Training, data: PreparedDataModule) -> None:
+    try:
+        with _quiet():
+            trainer.fit(module, datamodule=data)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        raise KeyboardInterrupt from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice of Lightning that does not apply here."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",  # batches are made faster than workers hand them over
+            ".*exists and is not empty.*",  # the run directory holds more than metrics.csv
+            ".*LeafSpec.*is deprecated.*",  # between Lightning and torch
+        ):
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+class EpochLines(Logger):
+    """A logger that says once an epoch where the training stands."""
+
+    name, version = None, None
+
+    def __init__(self, terminal: Terminal, config: TrainConfig, *, to_file: bool) -> None:
+        """Say it on `terminal`, or in its log files alone, beside a progress bar."""
+        super().__init__()
+        self.say = terminal.note if to_file else terminal.say
+        self.config = config
+        self._validation: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing: the config is in the run directory."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: ARG002
+        """Validation comes first, then training: then the epoch is over."""
+        if MONITOR in metrics:
+            self._validation = dict(metrics)
+        if "train/loss/total_loss" not in metrics:
+            return
+        errors = [
+            f"{name} {self._validation[f'val/{key}']:.4g}"
+            for name, key in _headline(self.config)
+            if f"val/{key}" in self._validation
+        ]
+        now = time.perf_counter()
+        self.say(
+            f"epoch {int(metrics['epoch']) + 1}/{self.config.epochs}  "
+            f"loss {metrics['train/loss/total_loss']:.4g} / {self._validation[MONITOR]:.4g}  "
+            f"{'  '.join(errors)}  lr {metrics['lr']:.2g}  {now - self._last:.1f} s"
+        )
+        self._last = now
+
+
+def _headline(config: TrainConfig) -> list[tuple[str, str]]:
+    """(what it is called in a line, its key) of the first metric of each quantity."""
+    return [
+        (f"{name} {metrics[0]}", f"{name}_{metrics[0]}")
+        for name, metrics in config.measured.items()
+    ]
+
+
+def _test(
+    trainer: lightning.Trainer,
+    module: Training,
+    data: PreparedDataModule,
+    run: RunDirectory,
+    terminal: Terminal,
+) -> dict[str, float]:
+    """Errors of the best checkpoint on the test split, as a file, a table and a picture."""
+    start, stop = data.dataset.attributes["splits"]["test"]
+    if start == stop:
+        terminal.say("the test split is empty, so nothing is tested")
+        return {}
+    best = Predictor.load(run.path).potential.to(module.device)
+    module.potential.load_state_dict(best.state_dict())
+    with _quiet():
+        (values,) = trainer.test(module, datamodule=data, verbose=False)
+    errors = {
+        name.removeprefix("test/"): value
+        for name, value in values.items()
+        if not name.startswith("test/loss/")
+    }
+    run.write_json("test_metrics.json", errors)
+    rows = [(name, *_in_small_units(name, value)) for name, value in errors.items()]
+    terminal.say(
+        "", table("Errors on the test split, best checkpoint", ("", "error", "unit"), rows)
+    )
+    pairs = _parity_pairs(module.potential, data)
+    notes = {
+        name: f"MAE {np.abs(predicted - reference).mean():.3g} {LABELS[name].unit}"
+        for name, (reference, predicted) in pairs.items()
+    }
+    plots.parity(run.path / "parity.png", pairs, notes)
+    return errors
+
+
+def _in_small_units(name: str, value: float) -> tuple[str, str]:
+    """An energy or a force in meV, others as they are."""
+    unit = LABELS[name.rpartition("_")[0].removesuffix("_per_atom")].unit
+    shown, factor = (f"m{unit}", 1000) if unit.startswith("eV") else (unit, 1)
+    return f"{factor * value:.4g}", shown + (" an atom" if "_per_atom" in name else "")
+
+
+def _parity_pairs(
+    potential: Potential, data: PreparedDataModule
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(reference, predicted) components of each labelled and predicted quantity."""
+    collected: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    potential.eval()
+    for batch in data.batches("test"):
+        prediction = potential(batch.to(potential.scale.device))
+        for name in prediction.keys() & batch.labels.keys():
+            predicted, reference = labelled_components(
+                name, prediction, batch.to(potential.scale.device)
+            )
+            pair = (reference.cpu().numpy(), predicted.cpu().numpy())
+            collected.setdefault(name, []).append(pair)
+    return {
+        name: (np.concatenate([r for r, _ in pairs]), np.concatenate([p for _, p in pairs]))
+        for name, pairs in sorted(collected.items())
+    }
+
+
+def _rows(metrics: Path) -> list[dict[str, str]]:
+    with metrics.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _best_epoch(metrics: Path) -> dict[str, float | int]:
+    """The validation split's values in the epoch with the lowest total loss."""
+    rows = [row for row in _rows(metrics) if row.get(MONITOR)]
+    if not rows:
+        raise RunError("no epoch was completed", where=str(metrics))
+    best = min(rows, key=lambda row: float(row[MONITOR]))
+    values = {
+        name.removeprefix("val/").removeprefix("loss/"): float(value)
+        for name, value in best.items()
+        if value and (name.startswith("val/") and not name.startswith("val/loss/"))
+    }
+    return {"epoch": int(best["epoch"]), "total_loss": float(best[MONITOR])} | values
+
+
+def _curves(metrics: Path) -> Mapping[str, Any]:
+    """Loss and errors over the epochs, for the picture."""
+    rows = _rows(metrics)
+    names = [name.removeprefix("val/") for name in rows[0] if name.startswith("val/")]
+    shown = ["loss/total_loss", *[name for name in names if name.endswith("_mae")]]
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for name in shown:
+        for split in ("train", "val"):
+            points = [
+                (float(row["epoch"]), float(row[f"{split}/{name}"]))
+                for row in rows
+                if row.get(f"{split}/{name}")
+            ]
+            if points:
+                epochs, values = zip(*points, strict=True)
+                curves.setdefault(name, {})[split] = (list(epochs), list(values))
+    return curves

@@ -1,0 +1,119 @@
+"""The LightningModule: one step for train, validation and test, and what goes into a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from runner.batches import Batch
+from runner.config import TrainConfig
+from runner.errors import RunError
+from runner.losses import Loss
+from runner.metrics import SplitMetrics
+from runner.potentials import Potential
+
+MONITOR = "val/loss/total_loss"
+
+
+class Training(lightning.LightningModule):
+    """A potential in training."""
+
+    def __init__(
+        self, potential: Potential, config: TrainConfig, passport: Mapping[str, Any]
+    ) -> None:
+        """Train `potential`.
+
+        Args:
+            potential: what is trained.
+            config: the `[train]` table.
+            passport: plain data that travels in every checkpoint, see `runner.predictor`.
+        """
+        super().__init__()
+        self.potential = potential
+        self.config = config
+        self.passport = dict(passport)
+        self.loss = Loss(config.loss)
+        measured = config.measured
+        self.needs_forces = "forces" in measured or "forces" in config.loss.terms
+        self.splits = torch.nn.ModuleDict(
+            # "train" is an attribute of every module, so the keys carry a suffix
+            {f"{s}_split": SplitMetrics(s, self.loss, measured) for s in ("train", "val", "test")}
+        )
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """The loss of one batch."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Batch) -> None:
+        """Measure one batch."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: Batch) -> None:
+        """Measure one batch."""
+        self._step(batch, "test")
+
+    def _step(self, batch: Batch, split: str) -> Tensor:
+        prediction = self.potential(batch, forces=self.needs_forces)
+        sums = self.loss.sums(prediction, batch)
+        self._metrics(split).update(sums, prediction, batch)
+        return self.loss.total({n: s.mean for n, s in sums.items()}, self.current_epoch)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the training split's losses and errors."""
+        self._log_split("train")
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation split's losses and errors."""
+        self._log_split("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test split's losses and errors."""
+        self._log_split("test")
+
+    def _log_split(self, split: str) -> None:
+        metrics = self._metrics(split)
+        values = metrics.compute(self.loss, self.current_epoch)
+        metrics.reset()
+        self._refuse_non_finite(values, split)
+        self.log_dict(values)
+
+    def _refuse_non_finite(self, values: Mapping[str, float], split: str) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise RunError(
+                f"{', '.join(bad)} is not a finite number in epoch {self.current_epoch}",
+                where=f"the {split} split",
+                remedy="lower train.optimizer.lr or train.trainer.gradient_clip_val, and look at "
+                "the largest forces in the data",
+            )
+
+    def _metrics(self, split: str) -> SplitMetrics:
+        metrics = self.splits[f"{split}_split"]
+        assert isinstance(metrics, SplitMetrics)
+        return metrics
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with the learning rate halved on plateaus of the validation loss."""
+        settings, schedule = self.config.optimizer, self.config.schedule
+        optimizer = torch.optim.AdamW(
+            self.potential.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        if schedule.name == "constant":
+            return optimizer
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=schedule.factor, patience=schedule.patience, min_lr=schedule.min_lr
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": plateau, "monitor": MONITOR},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what makes absolute energies of the weights: plain data, float64 as Python floats."""
+        checkpoint["runner"] = self.passport

@@ -1,0 +1,207 @@
+"""Potentials against the laws of physics, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from molecules import random_structures
+
+from runner.batches import make_batch
+from runner.config import PaiNNConfig
+from runner.potentials import POTENTIALS, Potential, build_potential, charge_moments
+from runner.potentials.components import BesselBasis, cosine_cutoff
+from runner.structures import Structures, concatenate
+
+CUTOFF = 4.0
+
+
+@pytest.fixture(scope="module")
+def potential() -> Potential:
+    torch.manual_seed(0)
+    config = PaiNNConfig.model_validate(
+        {"name": "painn", "cutoff": "4 angstrom", "features": 16, "radial_basis": 8}
+    )
+    built = build_potential(config, ["energy", "forces", "dipole"], {"energy_per_atom_std": 0.7})
+    return built.double().eval()
+
+
+def _predict(potential: Potential, structures: Structures) -> dict[str, np.ndarray]:
+    batch = make_batch(structures, CUTOFF, torch.float64)
+    return {name: value.detach().numpy() for name, value in potential(batch).items()}
+
+
+def _moved(structures: Structures, positions: np.ndarray) -> Structures:
+    return replace(structures, atoms=structures.atoms | {"positions": positions})
+
+
+def _of(numbers: list[int], positions: list[list[float]]) -> Structures:
+    atoms = {
+        "atomic_numbers": np.array(numbers, np.uint8),
+        "positions": np.array(positions, np.float64),
+    }
+    return Structures(np.array([0, len(numbers)]), atoms, {})
+
+
+def test_forces_are_minus_the_gradient_by_finite_differences(potential: Potential) -> None:
+    structures = random_structures([6, 3, 1])
+    forces = _predict(potential, structures)["forces"]
+    step = 1e-5
+    for atom, axis in np.ndindex(10, 3):
+        energies = []
+        for sign in (1, -1):
+            positions = structures.atoms["positions"].copy()
+            positions[atom, axis] += sign * step
+            energies.append(_predict(potential, _moved(structures, positions))["energy"].sum())
+        slope = -(energies[0] - energies[1]) / (2 * step)
+        assert forces[atom, axis] == pytest.approx(slope, abs=1e-8, rel=1e-6)
+    assert np.abs(forces).max() > 1e-2
+
+
+@pytest.mark.parametrize("reflect", [False, True])
+def test_rotation_and_reflection(potential: Potential, reflect: bool) -> None:
+    structures = random_structures([7, 4])
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
+    q *= np.sign(np.linalg.det(q)) * (-1 if reflect else 1)
+    before = _predict(potential, structures)
+    after = _predict(potential, _moved(structures, structures.atoms["positions"] @ q.T))
+    for name in ("energy", "charges", "total_charge"):
+        assert after[name] == pytest.approx(before[name], abs=1e-10)
+    for name in ("forces", "dipole"):
+        assert after[name] == pytest.approx(before[name] @ q.T, abs=1e-10)
+
+
+def test_translation_leaves_energies_and_moves_the_dipole_of_an_ion(potential: Potential) -> None:
+    structures = random_structures([5])
+    shift = np.array([10.0, -3.0, 2.0])
+    before = _predict(potential, structures)
+    after = _predict(potential, _moved(structures, structures.atoms["positions"] + shift))
+    for name in ("energy", "forces", "charges"):
+        assert after[name] == pytest.approx(before[name], abs=1e-10)
+    expected = before["dipole"] + before["total_charge"][:, None] * shift
+    assert after["dipole"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_permutation_of_atoms(potential: Potential) -> None:
+    structures = random_structures([8])
+    order = np.random.default_rng(1).permutation(8)
+    atoms = {name: array[order] for name, array in structures.atoms.items()}
+    before, after = (
+        _predict(potential, structures),
+        _predict(potential, replace(structures, atoms=atoms)),
+    )
+    assert after["energy"] == pytest.approx(before["energy"], abs=1e-12)
+    for name in ("forces", "charges"):
+        assert after[name] == pytest.approx(before[name][order], abs=1e-12)
+
+
+def test_exchanging_two_neighbours_elements_changes_the_energy(potential: Potential) -> None:
+    positions = [[0.0, 0, 0], [1.1, 0, 0], [0, 1.7, 0]]
+    one = _predict(potential, _of([6, 1, 8], positions))["energy"][0]
+    other = _predict(potential, _of([6, 8, 1], positions))["energy"][0]
+    assert abs(one - other) > 1e-4
+
+
+def test_a_batch_gives_what_its_structures_give_alone(potential: Potential) -> None:
+    structures = random_structures([4, 1, 9, 2])
+    together = _predict(potential, structures)
+    for index in range(4):
+        alone = _predict(potential, structures.take(np.array([index])))
+        rows = slice(structures.first_atom[index], structures.first_atom[index + 1])
+        for name in ("energy", "dipole", "total_charge"):
+            assert together[name][index] == pytest.approx(alone[name][0], abs=1e-12)
+        for name in ("forces", "charges"):
+            assert together[name][rows] == pytest.approx(alone[name], abs=1e-12)
+
+
+def test_energy_and_forces_are_continuous_across_the_cutoff(potential: Potential) -> None:
+    def at(distance: float) -> tuple[float, float]:
+        structures = _of([8, 1, 6], [[0, 0, 0], [0.9, 0.3, 0], [distance, 0, 0]])
+        prediction = _predict(potential, structures)
+        return float(prediction["energy"][0]), float(prediction["forces"][2, 0])
+
+    step = 1e-4
+    inside, outside = at(CUTOFF - step), at(CUTOFF + step)
+    assert inside[0] == pytest.approx(outside[0], abs=1e-6)
+    assert inside[1] == pytest.approx(outside[1], abs=1e-2 * step**0.5)
+    assert abs(at(CUTOFF - 1.0)[1]) > 1e-4  # the third atom does interact inside the cutoff
+
+
+def test_energies_of_distant_molecules_add(potential: Potential) -> None:
+    parts = [random_structures([5], seed=1), random_structures([3], seed=2)]
+    far = _moved(parts[1], parts[1].atoms["positions"] + 50.0)
+    joint = Structures(
+        np.array([0, 8]),
+        {name: np.concatenate([parts[0].atoms[name], far.atoms[name]]) for name in far.atoms},
+        {},
+    )
+    separate = _predict(potential, concatenate(parts))["energy"].sum()
+    assert _predict(potential, joint)["energy"][0] == pytest.approx(separate, abs=1e-10)
+
+
+def test_an_atom_without_neighbours_has_an_energy_and_no_force(potential: Potential) -> None:
+    prediction = _predict(potential, _of([7], [[1.0, 2.0, 3.0]]))
+    assert np.isfinite(prediction["energy"]).all()
+    assert (prediction["forces"] == 0).all()
+
+
+def test_the_graph_of_the_forces_is_kept_only_in_training(potential: Potential) -> None:
+    batch = make_batch(random_structures([3]), CUTOFF, torch.float64)
+    assert not potential.eval()(batch)["forces"].requires_grad
+    try:
+        assert potential.train()(batch)["forces"].requires_grad
+    finally:
+        potential.eval()
+
+
+def test_forces_come_out_without_gradients_switched_on(potential: Potential) -> None:
+    batch = make_batch(random_structures([3]), CUTOFF, torch.float64)
+    with torch.no_grad():
+        forces = potential(batch)["forces"]
+        assert "forces" not in potential(batch, forces=False)
+    assert torch.equal(forces, potential(batch)["forces"])
+
+
+def test_charges_are_there_only_if_something_asks_for_them() -> None:
+    config = PaiNNConfig(name="painn", features=8)
+    batch = make_batch(random_structures([3]), CUTOFF)
+    plain = build_potential(config, ["energy", "forces"], {})
+    assert set(plain(batch)) == {"energy", "forces"}
+    charged = build_potential(config, ["energy", "total_charge"], {})
+    assert set(charged(batch)) == {"energy", "forces", "charges", "total_charge", "dipole"}
+
+
+def test_moments_of_charges_equal_a_loop() -> None:
+    structures = random_structures([3, 4])
+    batch = make_batch(structures, CUTOFF, torch.float64)
+    charges = torch.randn(7, dtype=torch.float64)
+    moments = charge_moments(batch, charges)
+    for index, rows in enumerate((range(3), range(3, 7))):
+        expected = sum(charges[i] * batch.positions[i] for i in rows)
+        assert torch.allclose(moments["dipole"][index], torch.as_tensor(expected))
+        assert torch.allclose(moments["total_charge"][index], charges[list(rows)].sum())
+
+
+def test_the_bessel_basis_vanishes_at_the_cutoff_and_equals_its_formula() -> None:
+    basis = BesselBasis(5, CUTOFF).double()
+    distance = torch.linspace(0.5, CUTOFF, 9, dtype=torch.float64)
+    expected = [
+        [np.sin(n * np.pi * r / CUTOFF) / r for n in range(1, 6)] for r in distance.tolist()
+    ]
+    assert basis(distance).numpy() == pytest.approx(np.array(expected), abs=1e-6)
+    assert basis(distance)[-1].abs().max() < 1e-6
+
+
+def test_the_cutoff_function_and_its_slope_vanish_at_the_cutoff() -> None:
+    r = torch.tensor([0.0, 2.0, CUTOFF, 5.0], dtype=torch.float64, requires_grad=True)
+    values = cosine_cutoff(r, CUTOFF)
+    assert values.tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-12)
+    (slope,) = torch.autograd.grad(values.sum(), r)
+    assert slope[2:].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
+def test_the_table_of_potentials_equals_what_the_config_allows() -> None:
+    allowed = PaiNNConfig.model_fields["name"].annotation.__args__  # type: ignore[union-attr]
+    assert set(POTENTIALS) == set(allowed)

@@ -1,0 +1,245 @@
+"""A whole training: the run directory, its numbers, its errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from molecules import springs, without, write_experiment
+
+from runner.batches import make_batch
+from runner.config import Config, load_config
+from runner.errors import ConfigError, DatasetError, RunError
+from runner.predictor import Predictor
+from runner.prepare import find_prepared, prepare
+from runner.terminal import Terminal
+from runner.train import train
+from runner.training import Training
+
+
+def _run(config_file: Path, *settings: str) -> dict[str, Any]:
+    config = load_config(config_file, settings)
+    folder = config_file.parent / "prepared"
+    prepare(config, folder, Terminal())
+    return train(config, config_file, folder, Terminal(), command=["runner", "train", "x"])
+
+
+def _rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    with (Path(result["run"]) / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    config_file = write_experiment(tmp_path_factory.mktemp("experiment"))
+    return config_file, _run(config_file)
+
+
+def test_the_run_directory_holds_all_that_the_design_names(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    config_file, result = finished
+    run = Path(result["run"])
+    assert run.parent == config_file.parent / "runs"
+    assert (run.parent / "latest").resolve() == run
+    names = {path.name for path in run.iterdir()}
+    expected = {"config.toml", "manifest.json", "metrics.csv", "test_metrics.json", "log.txt"}
+    assert expected <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    for picture in ("parity.png", "learning_curves.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_result_says_what_was_done(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, result = finished
+    assert set(result) == {
+        "run", "dataset", "fingerprint", "epochs", "steps", "best", "test", "seconds"
+    }  # fmt: skip
+    assert result["epochs"] == 3
+    assert result["steps"] == 3 * 6  # 48 structures in batches of 8
+    assert result["test"] == json.loads((Path(result["run"]) / "test_metrics.json").read_text())
+    assert result["best"]["total_loss"] > 0
+    rows = _rows(result)
+    losses = [float(r["val/loss/total_loss"]) for r in rows if r["val/loss/total_loss"]]
+    assert result["best"]["epoch"] == int(np.argmin(losses))
+    assert {"train/loss/total_loss", "val/energy_mae", "test/forces_rmse"} <= set(rows[0])
+
+
+def test_the_test_errors_are_those_of_the_best_checkpoint_over_all_components(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    config_file, result = finished
+    config = load_config(config_file)
+    dataset = find_prepared(config, config_file.parent / "prepared", "")
+    predictor = Predictor.load(Path(result["run"]))
+    structures = dataset.read("test")
+    values = predictor.potential(make_batch(structures, predictor.cutoff))
+    prediction = {name: value.detach().double().numpy() for name, value in values.items()}
+    energy = prediction["energy"] - structures.structures["energy"]
+    forces = prediction["forces"] - structures.atoms["forces"]
+    dipole = prediction["dipole"] - structures.structures["dipole"]
+    expected = {
+        "energy_mae": np.abs(energy).mean(),
+        "energy_rmse": np.sqrt((energy**2).mean()),
+        "energy_per_atom_mae": np.abs(energy / np.diff(structures.first_atom)).mean(),
+        "forces_mae": np.abs(forces).mean(),
+        "forces_rmse": np.sqrt((forces**2).mean()),
+        "dipole_mae": np.abs(dipole).mean(),
+    }
+    assert {name: result["test"][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_lowers_the_errors(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, result = finished
+    rows = _rows(result)
+    losses = [float(r["train/loss/total_loss"]) for r in rows if r["train/loss/total_loss"]]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_same_seed_gives_the_same_numbers_to_the_bit(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    config_file, first = finished
+    second = _run(config_file)
+    metrics = [(Path(r["run"]) / "metrics.csv").read_text() for r in (first, second)]
+    assert metrics[0] == metrics[1]
+    weights = [
+        torch.load(Path(r["run"]) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for r in (first, second)
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    other = _run(config_file, "train.seed=1")
+    assert (Path(other["run"]) / "metrics.csv").read_text() != metrics[0]
+
+
+def test_the_manifest_and_the_resolved_config(finished: tuple[Path, dict[str, Any]]) -> None:
+    config_file, result = finished
+    run = Path(result["run"])
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["fingerprint"] == result["fingerprint"]
+    assert manifest["seed"] == 0
+    assert manifest["command"] == ["runner", "train", "x"]
+    assert {"torch", "lightning", "nnp-runner", "python"} <= set(manifest["versions"])
+    assert manifest["sources"][0]["name"] == "data.extxyz"
+    assert set(manifest["self_energies"]) == {"H", "C", "N", "O"}
+    assert load_config(run / "config.toml") == load_config(config_file)
+
+
+def test_checkpoints_hold_tensors_and_plain_data(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, result = finished
+    for name in ("best", "last"):
+        path = Path(result["run"]) / "checkpoints" / f"{name}.ckpt"
+        passport = torch.load(path, weights_only=True)["runner"]
+        assert all(type(value) is float for value in passport["self_energies"].values())
+
+
+def test_structures_without_some_label_train(tmp_path: Path) -> None:
+    structures = without(springs(), "forces", list(range(0, 60, 2)))
+    config_file = write_experiment(tmp_path, structures)
+    text = config_file.read_text().replace(
+        'unit = "eV/angstrom" }', 'unit = "eV/angstrom", missing = "nan" }'
+    )
+    config_file.write_text(text)
+    result = _run(config_file, "train.epochs=1")
+    assert result["test"]["forces_mae"] > 0
+
+
+def _prepared(tmp_path: Path, *settings: str) -> tuple[Config, Path, Path]:
+    config_file = write_experiment(tmp_path)
+    config = load_config(config_file, settings)
+    prepare(config, tmp_path / "prepared", Terminal())
+    return config, config_file, tmp_path / "prepared"
+
+
+def test_training_before_preparing_names_the_command(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    with pytest.raises(DatasetError, match=f"not prepared yet(.|\n)*runner prepare {tmp_path}"):
+        train(load_config(config_file), config_file, tmp_path / "prepared", Terminal(), [])
+
+
+def test_a_config_without_train_is_refused(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    config_file.write_text(config_file.read_text().partition("[train]")[0])
+    with pytest.raises(ConfigError, match=r"no \[train\] table(.|\n)*config.toml"):
+        train(load_config(config_file), config_file, tmp_path, Terminal(), [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.loss.charges.weight=1.0", r"has no charges(.|\n)*train.loss.charges(.|\n)*energy"),
+        ("train.metrics.charges=['mae']", r"has no charges(.|\n)*train.metrics.charges"),
+    ],
+)
+def test_a_loss_or_metric_without_its_label_is_refused(
+    tmp_path: Path, setting: str, message: str
+) -> None:
+    config, config_file, folder = _prepared(tmp_path, setting)
+    with pytest.raises(DatasetError, match=message):
+        train(config, config_file, folder, Terminal(), [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
+    shares = [f"prepare.split.{name}={n}" for name, n in (("train", 50), ("val", 0), ("test", 10))]
+    config, config_file, folder = _prepared(tmp_path, *shares)
+    with pytest.raises(DatasetError, match="validation split is empty"):
+        train(config, config_file, folder, Terminal(), [])
+
+
+def test_several_devices_are_refused(tmp_path: Path) -> None:
+    config, config_file, folder = _prepared(tmp_path, "train.trainer.devices=2")
+    with pytest.raises(ConfigError, match="several devices is not supported yet"):
+        train(config, config_file, folder, Terminal(), [])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path: Path) -> None:
+    config, config_file, folder = _prepared(tmp_path, "train.optimizer.lr=1e18")
+    with pytest.raises(RunError, match=r"loss/energy.* is not a finite number in epoch \d"):
+        train(config, config_file, folder, Terminal(), [])
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())
+    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_an_interrupted_run_keeps_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, config_file, folder = _prepared(tmp_path)
+    step = Training.training_step
+
+    def interrupted(self: Training, batch: Any) -> torch.Tensor:
+        if self.global_step == 8:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Training, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, config_file, folder, Terminal(), [])
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())
+    assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 8
+
+
+def test_early_stopping_ends_the_run(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    result = _run(
+        config_file,
+        "train.epochs=50",
+        "train.early_stopping.patience=2",
+        "train.early_stopping.min_delta=1e9",
+    )
+    assert result["epochs"] == 3  # the first, and two that did not improve by so much
+
+
+def test_no_test_split_means_no_test(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    shares = [f"prepare.split.{name}={n}" for name, n in (("train", 50), ("val", 10), ("test", 0))]
+    assert _run(config_file, "train.epochs=1", *shares)["test"] == {}
