@@ -36,7 +36,7 @@ DataDir = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="Make the dataset, or find it in the cache.")
 def prepare(
     experiment: Experiment,
     settings: Settings = None,
@@ -55,7 +55,7 @@ def prepare(
     _print_json(result, as_json)
 
 
-@app.command()
+@app.command(short_help="Train on the prepared dataset.")
 def train(
     experiment: Experiment,
     settings: Settings = None,
@@ -75,7 +75,7 @@ def train(
     _print_json(result, as_json)
 
 
-@app.command()
+@app.command(short_help="Prepare, then train.")
 def run(
     experiment: Experiment,
     settings: Settings = None,

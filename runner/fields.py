@@ -32,6 +32,11 @@ class Field:
     meaning: str
     assumed_unit: bool = False
 
+    @property
+    def unit_text(self) -> str:
+        """The unit as people write it: eV/Å, e·Å."""
+        return self.unit.replace("angstrom", "Å").replace("*", "·")
+
 
 ATOMIC_NUMBERS = Field("atomic_numbers", "atom", (), "", "atomic number Z, stored as uint8")
 POSITIONS = Field("positions", "atom", (3,), "angstrom", "Cartesian coordinates", True)
@@ -54,5 +59,3 @@ LABELS: dict[str, Field] = {
 }
 
 FIELDS: dict[str, Field] = {field.name: field for field in (ATOMIC_NUMBERS, POSITIONS)} | LABELS
-
-COMPONENTS = "xyz"

@@ -13,6 +13,7 @@ from runner.fields import LABELS
 from runner.structures import Structures
 
 BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8a8a8a"
+TITLES = {"energy": "energy without self-energies"}
 POINTS = 20_000  # of a scatter plot at most; a random sample of more looks the same
 
 
@@ -72,8 +73,7 @@ def parity(
         pairs: (reference, predicted) components by quantity.
         errors: what is written into each panel.
     """
-    figure = Figure(figsize=(4.2 * len(pairs), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+    figure, panels = _panels(len(pairs))
     for axes, (name, (reference, predicted)) in zip(panels, pairs.items(), strict=True):
         x, y = reference.ravel(), predicted.ravel()
         if len(x) > POINTS:
@@ -83,8 +83,10 @@ def parity(
         axes.plot(ends, ends, color=GREY, linewidth=0.8)
         axes.plot(x, y, ".", color=BLUE, markersize=3, alpha=0.5)
         axes.text(0.04, 0.96, errors.get(name, ""), transform=axes.transAxes, va="top")
-        unit = LABELS[name].unit
-        axes.set(xlabel=f"reference, {unit}", ylabel=f"predicted, {unit}", title=name)
+        unit = LABELS[name].unit_text
+        axes.set(
+            xlabel=f"reference, {unit}", ylabel=f"predicted, {unit}", title=TITLES.get(name, name)
+        )
     figure.savefig(path, dpi=120, format="png")
 
 
@@ -98,9 +100,8 @@ def learning_curves(
         curves: title of a panel → name of a curve → (epochs, values).
     """
     shown = {title: lines for title, lines in curves.items() if lines}
-    figure = Figure(figsize=(4.2 * max(len(shown), 1), 3.6), layout="constrained")
-    panels = figure.subplots(1, max(len(shown), 1), squeeze=False)[0]
-    for axes, (title, lines) in zip(panels, shown.items(), strict=False):
+    figure, panels = _panels(len(shown))
+    for axes, (title, lines) in zip(panels, shown.items(), strict=True):
         for (name, (epochs, values)), color in zip(
             lines.items(), (BLUE, ORANGE, GREY), strict=False
         ):
@@ -110,3 +111,14 @@ def learning_curves(
         axes.set(xlabel="epoch", title=title)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _panels(number: int) -> tuple[Figure, list[Axes]]:
+    """So many panels, three in a row."""
+    columns = min(max(number, 1), 3)
+    rows = -(-max(number, 1) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.8 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for unused in panels[number:]:
+        unused.set_axis_off()
+    return figure, panels[:number]

@@ -28,7 +28,7 @@ from runner.config import Config, TrainConfig
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError, RunError
 from runner.experiment import RunDirectory
-from runner.fields import LABELS
+from runner.fields import LABELS, Field
 from runner.metrics import labelled_components
 from runner.potentials import Potential, build_potential
 from runner.predictor import Predictor, passport
@@ -238,27 +238,20 @@ class EpochLines(Logger):
         super().__init__()
         self.say = terminal.note if to_file else terminal.say
         self.config = config
-        self._validation: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: the config is in the run directory."""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: ARG002
-        """Validation comes first, then training: then the epoch is over."""
-        if MONITOR in metrics:
-            self._validation = dict(metrics)
-        if "train/loss/total_loss" not in metrics:
+    def log_metrics(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:  # noqa: ARG002
+        """Say what an epoch came to; the test has a table of its own."""
+        if MONITOR not in metrics:
             return
-        errors = [
-            f"{name} {self._validation[f'val/{key}']:.4g}"
-            for name, key in _headline(self.config)
-            if f"val/{key}" in self._validation
-        ]
+        errors = [f"{name} {metrics[f'val/{key}']:.4g}" for name, key in _headline(self.config)]
         now = time.perf_counter()
         self.say(
-            f"epoch {int(metrics['epoch']) + 1}/{self.config.epochs}  "
-            f"loss {metrics['train/loss/total_loss']:.4g} / {self._validation[MONITOR]:.4g}  "
+            f"epoch {metrics['epoch'] + 1}/{self.config.epochs}  "
+            f"loss {metrics['train/loss/total_loss']:.4g} / {metrics[MONITOR]:.4g}  "
             f"{'  '.join(errors)}  lr {metrics['lr']:.2g}  {now - self._last:.1f} s"
         )
         self._last = now
@@ -287,10 +280,10 @@ def _test(
     best = Predictor.load(run.path).potential.to(module.device)
     module.potential.load_state_dict(best.state_dict())
     with _quiet():
-        (values,) = trainer.test(module, datamodule=data, verbose=False)
+        trainer.test(module, datamodule=data, verbose=False)
     errors = {
         name.removeprefix("test/"): value
-        for name, value in values.items()
+        for name, value in module.latest["test"].items()
         if not name.startswith("test/loss/")
     }
     run.write_json("test_metrics.json", errors)
@@ -300,7 +293,7 @@ def _test(
     )
     pairs = _parity_pairs(module.potential, data)
     notes = {
-        name: f"MAE {np.abs(predicted - reference).mean():.3g} {LABELS[name].unit}"
+        name: f"MAE {np.abs(predicted - reference).mean():.3g} {LABELS[name].unit_text}"
         for name, (reference, predicted) in pairs.items()
     }
     plots.parity(run.path / "parity.png", pairs, notes)
@@ -309,9 +302,14 @@ def _test(
 
 def _in_small_units(name: str, value: float) -> tuple[str, str]:
     """An energy or a force in meV, others as they are."""
-    unit = LABELS[name.rpartition("_")[0].removesuffix("_per_atom")].unit
+    unit = _label_of(name).unit_text
     shown, factor = (f"m{unit}", 1000) if unit.startswith("eV") else (unit, 1)
     return f"{factor * value:.4g}", shown + (" an atom" if "_per_atom" in name else "")
+
+
+def _label_of(metric: str) -> Field:
+    """The quantity that a metric such as `energy_per_atom_mae` is an error of."""
+    return LABELS[metric.rpartition("_")[0].removesuffix("_per_atom")]
 
 
 def _parity_pairs(
@@ -368,5 +366,6 @@ def _curves(metrics: Path) -> Mapping[str, Any]:
             ]
             if points:
                 epochs, values = zip(*points, strict=True)
-                curves.setdefault(name, {})[split] = (list(epochs), list(values))
+                title = f"{name}, {_label_of(name).unit_text}" if name.endswith("_mae") else name
+                curves.setdefault(title, {})[split] = (list(epochs), list(values))
     return curves

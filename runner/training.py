@@ -37,6 +37,7 @@ class Training(lightning.LightningModule):
         self.potential = potential
         self.config = config
         self.passport = dict(passport)
+        self.latest: dict[str, dict[str, float]] = {}  # by split
         self.loss = Loss(config.loss)
         measured = config.measured
         self.needs_forces = "forces" in measured or "forces" in config.loss.terms
@@ -64,24 +65,35 @@ class Training(lightning.LightningModule):
         return self.loss.total({n: s.mean for n, s in sums.items()}, self.current_epoch)
 
     def on_train_epoch_end(self) -> None:
-        """Log the training split's losses and errors."""
-        self._log_split("train")
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        """Validation came before: the epoch is over, and makes one row of the logs."""
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        row = {"epoch": self.current_epoch, "lr": rate}
+        self._write(row | self._finish("train") | self.latest["val"])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation split's losses and errors."""
-        self._log_split("val")
+        """Measure the validation split."""
+        self._finish("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the test split's losses and errors."""
-        self._log_split("test")
+        """Measure the test split, and log it."""
+        self._write(self._finish("test"))
 
-    def _log_split(self, split: str) -> None:
+    def _finish(self, split: str) -> dict[str, float]:
+        """The values of a split; Lightning's callbacks see them too, in float32."""
         metrics = self._metrics(split)
-        values = metrics.compute(self.loss, self.current_epoch)
+        # scheduled weights as they end, so that the epochs of a validation can be compared
+        epoch = self.current_epoch if split == "train" else self.config.epochs - 1
+        values = metrics.compute(self.loss, epoch)
         metrics.reset()
         self._refuse_non_finite(values, split)
-        self.log_dict(values)
+        self.log_dict(values, logger=False)
+        self.latest[split] = values
+        return values
+
+    def _write(self, row: Mapping[str, float | int]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(row), step=self.trainer.global_step)
+            logger.save()
 
     def _refuse_non_finite(self, values: Mapping[str, float], split: str) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]

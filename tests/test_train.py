@@ -243,3 +243,16 @@ def test_no_test_split_means_no_test(tmp_path: Path) -> None:
     config_file = write_experiment(tmp_path)
     shares = [f"prepare.split.{name}={n}" for name, n in (("train", 50), ("val", 10), ("test", 0))]
     assert _run(config_file, "train.epochs=1", *shares)["test"] == {}
+
+
+def test_validation_losses_of_a_scheduled_weight_can_be_compared(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    result = _run(config_file, "train.loss.forces.weight={ start = 1.0, end = 9.0, epochs = 2 }")
+    rows = [row for row in _rows(result) if row["train/loss/total_loss"]]
+    assert len(rows) == 3
+    for row, weight in zip(rows, (1.0, 5.0, 9.0), strict=True):
+        assert float(row["lr"]) == 5e-3  # in double precision, as configured
+        for split, factor in (("train", weight), ("val", 9.0)):
+            terms = {n: float(row[f"{split}/loss/{n}"]) for n in ("energy", "forces", "dipole")}
+            expected = terms["energy"] + factor * terms["forces"] + terms["dipole"]
+            assert float(row[f"{split}/loss/total_loss"]) == pytest.approx(expected, rel=1e-5)
