@@ -75,9 +75,9 @@ class SelfEnergyFit:
         )
 
 
-def in_words(combination: Mapping[str, float]) -> str:
+def in_words(combination: Mapping[str, int]) -> str:
     """`2 H − 1 C` for {"H": 2, "C": −1}."""
-    terms = [f"{'−' if n < 0 else '+'} {abs(n):g} {symbol}" for symbol, n in combination.items()]
+    terms = [f"{'−' if n < 0 else '+'} {abs(n)} {symbol}" for symbol, n in combination.items()]
     return " ".join(terms).removeprefix("+ ")
 
 

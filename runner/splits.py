@@ -84,10 +84,15 @@ def _by_group(
     """Whole groups, in random order, each to the split that still lacks most structures."""
     names, owner, counts = np.unique(group, return_inverse=True, return_counts=True)
     lacking = np.array([wanted[name] for name in SPLITS])
+    empty = {number for number, name in enumerate(SPLITS) if wanted[name] > 0}
     split_of = np.empty(len(names), np.int64)
-    for index in rng.permutation(len(names)):
-        split_of[index] = np.argmax(lacking)
-        lacking[split_of[index]] -= counts[index]
+    for left, index in zip(range(len(names), 0, -1), rng.permutation(len(names)), strict=True):
+        choice = int(np.argmax(lacking))
+        if left <= len(empty) and choice not in empty:  # the last groups, and a split without any
+            choice = max(empty, key=lambda number: int(lacking[number]))
+        split_of[index] = choice
+        lacking[choice] -= counts[index]
+        empty.discard(choice)
     return {
         name: rng.permutation(np.flatnonzero(split_of[owner] == number))
         for number, name in enumerate(SPLITS)

@@ -1,0 +1,137 @@
+"""The rules of the house: floors, where torch starts, where float64 becomes float32."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import runner
+from runner.config import LossConfig, MetricsConfig, SourceConfig
+from runner.fields import LABELS
+
+PACKAGE = Path(runner.__file__).parent
+ROOT = PACKAGE.parent
+
+FLOORS: dict[str, int] = {
+    "runner": 0,
+    "runner.fields": 0,
+    "runner.units": 0,
+    "runner.errors": 0,
+    "runner.config": 1,
+    "runner.structures": 1,
+    "runner.sources": 1,
+    "runner.sources.labels": 1,
+    "runner.sources.extxyz": 1,
+    "runner.self_energies": 1,
+    "runner.splits": 1,
+    "runner.store": 1,
+    "runner.plots": 1,
+    "runner.terminal": 1,
+    "runner.batches": 2,
+    "runner.neighbors": 2,
+    "runner.losses": 2,
+    "runner.metrics": 2,
+    "runner.potentials": 2,
+    "runner.potentials.components": 2,
+    "runner.potentials.painn": 2,
+    "runner.datamodule": 3,
+    "runner.training": 3,
+    "runner.experiment": 3,
+    "runner.predictor": 3,
+    "runner.calculator": 3,
+    "runner.prepare": 4,
+    "runner.train": 4,
+    "runner.cli": 5,
+    "runner.__main__": 5,
+}
+FLOAT32_ALLOWED = {
+    "runner.batches": "the one place that casts",
+    "runner.prepare": "np.spacing, which tells what float32 would lose",
+}
+
+
+def _modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["runner", *path.relative_to(PACKAGE).with_suffix("").parts]
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+MODULES = _modules()
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(MODULES) == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_from_its_floor_and_below(name: str) -> None:
+    ours = [imported for imported in _imports(MODULES[name]) if imported.split(".")[0] == "runner"]
+    above = {imported for imported in ours if FLOORS[imported] > FLOORS[name]}
+    assert not above
+
+
+def test_there_are_no_import_cycles() -> None:
+    waiting = {
+        name: {i for i in _imports(tree) if i in MODULES and i != name and i != "runner"}
+        for name, tree in MODULES.items()
+    }
+    while waiting:
+        free = {name for name, needed in waiting.items() if not needed & waiting.keys()}
+        assert free, f"these import each other: {sorted(waiting)}"
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+
+
+@pytest.mark.parametrize("name", sorted(n for n, floor in FLOORS.items() if floor <= 1))
+def test_torch_starts_on_the_second_floor_and_lightning_on_the_third(name: str) -> None:
+    tops = {imported.split(".")[0] for imported in _imports(MODULES[name])}
+    assert not tops & {"torch", "lightning", "torchmetrics"}
+
+
+@pytest.mark.parametrize("name", sorted(n for n, floor in FLOORS.items() if floor == 2))
+def test_lightning_starts_on_the_third_floor(name: str) -> None:
+    assert "lightning" not in {imported.split(".")[0] for imported in _imports(MODULES[name])}
+
+
+def test_float64_becomes_float32_in_one_place() -> None:
+    for name, tree in MODULES.items():
+        attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        casts = attributes & {"float32", "float", "half", "bfloat16", "float16", "single"}
+        casts |= strings & {"float32", "f4", "<f4", "float16"}
+        assert not casts or name in FLOAT32_ALLOWED, f"{name} mentions {casts}"
+
+
+def test_the_sections_of_the_config_name_exactly_the_labels() -> None:
+    assert set(LossConfig.model_fields) == set(LABELS)
+    assert set(MetricsConfig.model_fields) == set(LABELS)
+    assert set(SourceConfig.model_fields) == {*LABELS, "path", "format", "positions"}
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    (latest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert latest == runner.__version__
+
+
+def test_the_top_level_holds_what_the_design_names() -> None:
+    visible = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    expected = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    expected |= {"runner", "experiments", "tests", "data"}
+    made_by_tools = {name for name in visible if name.endswith(".egg-info")} | {"build"}
+    assert visible - made_by_tools == expected

@@ -1,0 +1,138 @@
+"""The command line: help without torch, exit codes, JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from molecules import write_experiment
+
+from runner import __version__
+from runner.cli import main
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["runner", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    code = ended.value.code
+    return code if isinstance(code, int) else 0
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["run"]])
+def test_help_answers_without_torch(command: list[str]) -> None:
+    script = (
+        "import sys\nfrom runner.cli import main\n"
+        f"sys.argv = ['runner', *{command!r}, '--help']\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    slow = {'torch', 'lightning', 'zarr', 'sklearn', 'matplotlib', 'pint'}\n"
+        "    print('imported:', sorted(slow & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "Usage: runner" in done.stdout
+    assert "imported: []" in done.stdout
+    for word in ["--set", "--json", "--data-dir"] if command else ["prepare", "train", "run"]:
+        assert word in done.stdout
+
+
+def test_prepare_prints_one_json_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_file = write_experiment(tmp_path)
+    arguments = ["prepare", str(tmp_path), "--data-dir", str(tmp_path / "p"), "--json"]
+    assert _main(monkeypatch, *arguments, "--set", "prepare.split.seed=2") == 0
+    first = capsys.readouterr()
+    result = json.loads(first.out)
+    assert result["structures"] == 60
+    assert "Self-energies" in first.err
+    assert (
+        _main(
+            monkeypatch,
+            "prepare",
+            str(config_file),
+            *arguments[2:],
+            "--set",
+            "prepare.split.seed=2",
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["reused"] is True
+
+
+def test_run_prepares_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
+    monkeypatch.setenv("RUNNER_DATA_DIR", str(tmp_path / "prepared"))
+    assert _main(monkeypatch, "run", str(tmp_path), "--json", "--set", "train.epochs=1") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["train"]["dataset"] == result["prepare"]["dataset"]
+    assert result["train"]["test"]["energy_mae"] > 0
+    assert _main(monkeypatch, "train", str(tmp_path), "--json", "--set", "train.epochs=1") == 0
+    assert json.loads(capsys.readouterr().out)["test"] == result["train"]["test"]
+    manifest = json.loads((tmp_path / "runs" / "latest" / "manifest.json").read_text())
+    assert manifest["command"][1] == "train"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "nowhere"], "error: there is no experiment at nowhere"),
+        (["prepare", "."], 'unknown key; did you mean "name"?'),
+        (["train", "."], 'unknown key; did you mean "name"?'),
+        (["prepare"], "Missing argument"),
+        (["prepair", "."], "No such command"),
+        (["prepare", ".", "--jason"], "No such option"),
+    ],
+)
+def test_wrong_input_ends_with_2_one_message_and_no_traceback(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text("[prepare]\nnmae = 'x'\n")
+    assert _main(monkeypatch, *arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "Traceback" not in output.err
+    assert output.out == ""
+
+
+def test_a_bug_ends_with_1_and_a_traceback_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("runner.prepare.prepare", broken)
+    write_experiment(tmp_path)
+    assert _main(monkeypatch, "prepare", str(tmp_path)) == 1
+    text = capsys.readouterr().err
+    assert "This is a bug in runner, not a mistake of yours: ZeroDivisionError: oh" in text
+    assert "Traceback (" not in text
+    file = Path(text.partition("The traceback is in ")[2].partition(";")[0])
+    assert "ZeroDivisionError: oh" in file.read_text()
+    file.unlink()
+
+
+def test_an_interrupt_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runner.prepare.prepare", interrupted)
+    write_experiment(tmp_path)
+    assert _main(monkeypatch, "prepare", str(tmp_path)) == 130
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == __version__

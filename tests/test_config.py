@@ -1,0 +1,243 @@
+"""The config: every mistake at once, with line, key, what is allowed and a did-you-mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.config import (
+    Config,
+    LossTermConfig,
+    WeightSchedule,
+    config_path,
+    load_config,
+    resolved_toml,
+)
+from runner.errors import ConfigError
+
+GOOD = """
+[prepare]
+name = "x"
+[[prepare.source]]
+path = "a.extxyz"
+energy = { key = "energy", unit = "hartree" }
+forces = { key = "gradient", unit = "hartree/bohr", scale = -1 }
+[[prepare.source]]
+path = ["b.extxyz", "sub/*.xyz"]
+energy = { key = "E", unit = "eV", missing = "nan" }
+total_charge = { value = 0 }
+[prepare.split]
+train = 0.7
+val = 0.2
+test = 0.1
+[train]
+[train.potential]
+name = "painn"
+cutoff = "0.5 nm"
+[train.loss.energy]
+[train.loss.forces]
+weight = { start = 10.0, end = 100.0, epochs = 50 }
+"""
+
+
+def _load(folder: Path, text: str, *settings: str) -> Config:
+    path = folder / "config.toml"
+    path.write_text(text)
+    return load_config(path, settings)
+
+
+def _mistakes(folder: Path, text: str, *settings: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        _load(folder, text, *settings)
+    return str(error.value)
+
+
+def test_a_good_config_is_read_with_its_units_and_defaults(tmp_path: Path) -> None:
+    config = _load(tmp_path, GOOD)
+    first, second = config.prepare.source
+    assert first.path == str(tmp_path / "a.extxyz")  # relative to the file it stands in
+    assert second.path == [str(tmp_path / "b.extxyz"), str(tmp_path / "sub/*.xyz")]
+    assert set(first.labels) == {"energy", "forces"}
+    assert config.train is not None
+    assert config.train.potential.cutoff == pytest.approx(5.0)
+    assert config.train.measured == {"energy": ["mae", "rmse"], "forces": ["mae", "rmse"]}
+    assert config.train.batch.structures == 32
+
+
+def test_the_resolved_config_is_the_same_config(tmp_path: Path) -> None:
+    config = _load(tmp_path, GOOD)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    assert _load(other, resolved_toml(config)) == config
+
+
+def test_all_mistakes_come_at_once_each_with_its_line(tmp_path: Path) -> None:
+    text = _mistakes(
+        tmp_path,
+        """[prepare]
+nmae = "x"
+name = 3
+[[prepare.source]]
+path = "a.xyz"
+energy = { key = "e", unit = "eV" }
+[[prepare.source]]
+path = "b.xyz"
+energy = { key = "e", unit = "eV" }
+forces = { key = "f",
+  unit = "eV" }
+dipole = { key = "d" }
+[train]
+epochs = "many"
+[train.potential]
+name = "pain"
+cutoff = "5 bohrr"
+[train.loss.forcs]
+weight = 1
+[train.loss.energy]
+per_atom = 1
+error = "squred"
+""",
+    )
+    file = tmp_path / "config.toml"
+    for line, key, message in (
+        (3, "prepare.name", "found 3 (integer); it should be of type string"),
+        (2, "prepare.nmae", 'unknown key; did you mean "name"?'),
+        (10, "prepare.source.1.forces", 'the unit "eV" has the wrong dimension'),
+        (12, "prepare.source.1.dipole", "dipole needs a unit; write for example"),
+        (14, "train.epochs", "found 'many' (string); it should be of type integer"),
+        (16, "train.potential.name", "found 'pain' (string); did you mean \"painn\"?"),
+        (17, "train.potential.cutoff", '"bohrr" is not a unit'),
+        (18, "train.loss.forcs", 'unknown key; did you mean "forces"?'),
+        (21, "train.loss.energy.per_atom", "found 1 (integer); it should be of type boolean"),
+        (22, "train.loss.energy.error", "found 'squred' (string); did you mean \"squared\"?"),
+    ):
+        assert f"{file}:{line}  {key}\n    {message}" in text
+    assert "10 mistakes in the config" in text
+    assert "allowed: charges, dipole, energy, forces, total_charge" in text
+    assert "allowed: 'squared', 'absolute' or 'huber'" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "x"', "", "prepare.name\n    this key is missing"),
+        ('name = "x"', 'name = "a b"', "prepare.name\n    found 'a b' (string)"),
+        ("test = 0.1", "test = 0.2", "must sum to 1, not 1.1"),
+        ("test = 0.1", "test = 100", "all fractions or all counts"),
+        ("test = 0.1", "test = -0.1", "found -0.1 (float); it is a fraction"),
+        ("test = 0.1", 'method = "group"', 'method = "group" and group_by belong together'),
+        ('key = "energy", unit', "value = 1, key = 'e', unit", 'one of "key" and "value"'),
+        ('unit = "hartree" }', "}", "energy needs a unit"),
+        ("[train]", "[train]\nepochs = 0", "greater than or equal to 1"),
+        ("[train]", '[train.batch]\nstructures = "2"', "of type integer"),
+        ("[train]", "[train.trainer]\ndevices = 1.5", "it is a number, a list of numbers"),
+        ("[train]", "[train.metrics]\nenergy = []", "train.metrics.energy"),
+        ('"0.5 nm"', "5", '5 has no unit; write a string such as "5 angstrom"'),
+        ('"0.5 nm"', '"0 nm"', "greater than 0"),
+        ('"0.5 nm"', '"5 eV"', "wrong dimension"),
+        ("start = 10.0, ", "", "train.loss.forces.weight.start\n    this key is missing"),
+        ("start = 10.0", "start = -1.0", "greater than or equal to 0"),
+        ("weight = {", 'error = "huber"\nweight = -1 #', "finite and not negative"),
+        ("weight = {", 'weight = "1" #', "a weight is a number or {"),
+        ("[train.loss.energy]\n", "[train.losss]\n", 'did you mean "loss"?'),
+        ("[prepare.split]", '[prepare.self_energies]\nmethod = "given"\n[prepare.split]', "needs"),
+        (
+            "[prepare.split]",
+            '[prepare.self_energies]\nmethod = "none"\nvalues = { H = "-1 eV" }\n[prepare.split]',
+            "takes no values",
+        ),
+    ],
+)
+def test_each_impossible_value_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    assert message in _mistakes(tmp_path, GOOD.replace(old, new, 1))
+
+
+def test_a_loss_without_terms_is_refused(tmp_path: Path) -> None:
+    text = GOOD.partition("[train.loss.energy]")[0] + "[train.loss]\n"
+    assert "the loss has no term" in _mistakes(tmp_path, text)
+
+
+def test_a_fit_without_energies_is_refused(tmp_path: Path) -> None:
+    text = "[prepare]\nname = 'x'\n[[prepare.source]]\npath = 'a.xyz'\n"
+    assert "no source maps an energy" in _mistakes(tmp_path, text)
+
+
+def test_a_base_file_is_merged_under(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "base.toml").write_text(GOOD)
+    text = 'extends = "base/base.toml"\n[train]\nepochs = 7\n[train.loss.energy]\nper_atom = true\n'
+    config = _load(tmp_path, text)
+    assert config.train is not None
+    assert config.train.epochs == 7
+    assert config.train.loss.forces is not None
+    assert config.train.loss.energy is not None
+    assert config.train.loss.energy.per_atom
+    assert config.prepare.source[0].path == str(tmp_path / "base" / "a.extxyz")
+    wrong = _mistakes(tmp_path, text + "[train.loss.energi]\n")
+    assert f"{tmp_path / 'config.toml'}:6  train.loss.energi" in wrong
+    broken = GOOD.replace("val = 0.2", "val = 'x'")
+    (tmp_path / "base" / "base.toml").write_text(broken)
+    assert f"{tmp_path / 'base' / 'base.toml'}:14  prepare.split.val" in _mistakes(tmp_path, text)
+
+
+def test_extends_in_a_circle_and_to_nowhere(tmp_path: Path) -> None:
+    assert "goes round in a circle" in _mistakes(tmp_path, 'extends = "config.toml"')
+    assert "cannot read" in _mistakes(tmp_path, 'extends = "nowhere.toml"')
+    assert "the path of one TOML file" in _mistakes(tmp_path, "extends = 3")
+
+
+def test_settings_lie_on_top(tmp_path: Path) -> None:
+    config = _load(
+        tmp_path,
+        GOOD,
+        "train.optimizer.lr=1e-4",
+        "prepare.source.1.total_charge.value=1",
+        "prepare.name=other",
+        "train.loss.forces.weight=3",
+        "train.metrics.energy=['mae']",
+    )
+    assert config.train is not None
+    assert config.train.optimizer.lr == 1e-4
+    assert config.prepare.source[1].labels["total_charge"].value == 1
+    assert config.prepare.name == "other"
+    assert config.train.loss.terms["forces"].weight == 3
+    assert config.train.measured == {"energy": ["mae"]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.epochs", "is not a setting(.|\n)*allowed: *KEY=VALUE"),
+        ("=3", "is not a setting"),
+        ("train.epochs.x=3", "train.epochs"),
+        ("prepare.source.7.path=x", "there is no table prepare.source.7"),
+        ("prepare.source.7=x", "is not a table"),
+        ("train.epoch=3", r'--set train.epoch=3  train.epoch(.|\n)*did you mean "epochs"'),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _load(tmp_path, GOOD + "\n[train.optimizer]\n".replace("optimizer", "batch"), setting)
+
+
+def test_what_is_no_toml_is_refused_with_its_line(tmp_path: Path) -> None:
+    assert "not valid TOML" in _mistakes(tmp_path, "[prepare]\nname = \n")
+    assert "line 2" in _mistakes(tmp_path, "[prepare]\nname = \n")
+    (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(tmp_path / "config.toml")
+
+
+def test_an_experiment_is_a_directory_or_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no experiment at(.|\n)*config.toml"):
+        config_path(tmp_path)
+    (tmp_path / "config.toml").write_text(GOOD)
+    assert config_path(tmp_path) == config_path(tmp_path / "config.toml")
+
+
+def test_a_schedule_is_a_pure_function_of_the_epoch() -> None:
+    term = LossTermConfig(weight=WeightSchedule(start=10.0, end=100.0, epochs=50))
+    assert [term.weight_at(epoch) for epoch in (0, 10, 50, 1000)] == [10.0, 28.0, 100.0, 100.0]
+    assert LossTermConfig(weight=2).weight_at(17) == 2

@@ -1,0 +1,205 @@
+"""The fit against numpy and planted answers; every entry of the certificate recomputed naïvely."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from runner.config import SelfEnergiesConfig
+from runner.errors import SelfEnergyError
+from runner.self_energies import (
+    check_covered,
+    compositions,
+    determine_self_energies,
+    fit_self_energies,
+    formulas,
+    in_words,
+    sum_of_self_energies,
+    uncovered,
+)
+
+ELEMENTS = ["H", "C", "N", "O", "Br"]
+PLANTED = np.array([-13.6, -1029.8, -1485.3, -2042.6, -70045.3])
+
+
+def _data(noise: float, n: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    distinct = rng.integers(0, 6, size=(40, 5)) + (np.arange(5) == 0)
+    composition = distinct[rng.integers(0, 40, n)]
+    return composition, composition @ PLANTED + rng.normal(scale=noise, size=n)
+
+
+def _values(fit: object) -> np.ndarray:
+    return np.array(list(fit.values.values()))  # type: ignore[attr-defined]
+
+
+def test_planted_self_energies_are_recovered_each_with_its_element() -> None:
+    composition, energies = _data(noise=0.0)
+    fit = fit_self_energies(composition, energies, ELEMENTS)
+    assert list(fit.values) == ELEMENTS
+    assert _values(fit) == pytest.approx(PLANTED, abs=1e-8)
+
+
+def test_the_order_of_the_columns_does_not_matter() -> None:
+    composition, energies = _data(noise=0.5)
+    order = [4, 1, 3, 0, 2]
+    shuffled = fit_self_energies(composition[:, order], energies, [ELEMENTS[i] for i in order])
+    assert shuffled.values == pytest.approx(
+        fit_self_energies(composition, energies, ELEMENTS).values, abs=1e-8
+    )
+
+
+def test_equal_to_least_squares_over_all_structures() -> None:
+    composition, energies = _data(noise=2.0)
+    expected = np.linalg.lstsq(composition.astype(float), energies, rcond=None)[0]
+    assert _values(fit_self_energies(composition, energies, ELEMENTS)) == pytest.approx(
+        expected, abs=1e-8
+    )
+
+
+def test_the_certificate_equals_the_textbook_over_all_structures() -> None:
+    composition, energies = _data(noise=2.0)
+    fit = fit_self_energies(composition, energies, ELEMENTS)
+    x, n = composition.astype(float), len(energies)
+    residual = energies - x @ np.linalg.lstsq(x, energies, rcond=None)[0]
+    variance = residual @ residual / (n - 5)
+    errors = np.sqrt(variance * np.diag(np.linalg.inv(x.T @ x)))
+    assert list(fit.standard_errors.values()) == pytest.approx(list(errors), rel=1e-9)
+    assert (fit.rank, fit.n_elements, fit.n_structures) == (5, 5, n)
+    assert fit.n_compositions == len({tuple(row) for row in composition})
+    assert fit.condition_number == pytest.approx(np.linalg.cond(x), rel=1e-9)
+    assert fit.rmse_before == pytest.approx(np.std(energies), rel=1e-12)
+    assert fit.rmse_after == pytest.approx(np.sqrt(np.mean(residual**2)), rel=1e-9)
+    assert fit.counts == dict(zip(ELEMENTS, composition.sum(axis=0).tolist(), strict=True))
+    assert fit.undetermined == []
+    assert fit.warning() == ""
+
+
+def test_standard_errors_are_the_spread_over_repeated_data() -> None:
+    composition, _ = _data(noise=0.0)
+    rng = np.random.default_rng(1)
+    fits = [
+        fit_self_energies(composition, composition @ PLANTED + rng.normal(size=400), ELEMENTS)
+        for _ in range(300)
+    ]
+    spread = np.std([_values(fit) for fit in fits], axis=0)
+    assert list(fits[0].standard_errors.values()) == pytest.approx(list(spread), rel=0.2)
+
+
+def test_what_the_data_cannot_tell_apart_is_said() -> None:
+    composition = np.array([[6, 2, 1], [4, 1, 1], [6, 2, 1]])  # ethanol and methanol
+    energies = composition @ np.array([-13.6, -1030.0, -2043.0]) + np.array([0.1, 0.0, -0.1])
+    fit = fit_self_energies(composition, energies, ["H", "C", "O"])
+    assert (fit.rank, fit.n_elements) == (2, 3)
+    assert fit.undetermined == [{"H": 1, "C": -2, "O": -2}]
+    assert "determine 2 of 3 self-energies" in fit.warning()
+    assert "1 H − 2 C − 2 O" in fit.warning()
+    assert set(fit.standard_errors.values()) == {None}
+    minimum_norm = np.linalg.lstsq(composition.astype(float), energies, rcond=None)[0]
+    assert _values(fit) == pytest.approx(minimum_norm, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_undetermined_combinations_are_a_basis_of_the_null_space(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    composition = rng.integers(0, 5, size=(3, 6)) + 1
+    fit = fit_self_energies(composition, rng.normal(size=3), list("HCNOFP"))
+    vectors = np.array([[c.get(s, 0) for s in "HCNOFP"] for c in fit.undetermined])
+    assert len(vectors) == 6 - np.linalg.matrix_rank(composition) == np.linalg.matrix_rank(vectors)
+    assert (composition @ vectors.T == 0).all()
+
+
+def test_a_composition_outside_the_row_space_is_an_error_by_name() -> None:
+    composition = np.array([[6, 2, 1], [4, 1, 1]])
+    fit = fit_self_energies(composition, np.array([-4200.0, -3100.0]), ["H", "C", "O"])
+    inside = np.array([[10, 3, 2], [2, 1, 0], [2, 0, 1]])  # sums and differences of the two
+    assert not uncovered(fit, ["H", "C", "O"], inside).any()
+    check_covered(fit, ["H", "C", "O"], inside, str)
+    with pytest.raises(SelfEnergyError) as error:
+        check_covered(fit, ["H", "C", "O"], np.array([[6, 2, 1], [2, 0, 0]]), "file {}".format)
+    text = str(error.value)
+    assert "H2 is no combination of the compositions in the training split" in text
+    assert "rank 2 of 3" in text
+    assert "file 1" in text
+    assert "remedy" in text
+
+
+def test_an_element_that_was_never_fitted_is_an_error_by_name() -> None:
+    fit = fit_self_energies(np.array([[2, 1], [4, 1]]), np.array([-1.0, -2.0]), ["H", "O"])
+    with pytest.raises(SelfEnergyError, match=r"S in H2S: the training split never had(.|\n)*H, O"):
+        check_covered(fit, ["H", "S"], np.array([[2, 1]]), str)
+    assert uncovered(fit, ["H", "S"], np.array([[2, 0], [0, 1]])).tolist() == [False, True]
+
+
+def test_given_values_stay_and_the_rest_is_fitted() -> None:
+    composition, energies = _data(noise=0.0)
+    config = SelfEnergiesConfig.model_validate({"values": {"H": "-13.6 eV", "I": "-1 hartree"}})
+    fit = determine_self_energies(config, composition, energies, ELEMENTS)
+    assert fit.values["H"] == -13.6
+    assert fit.values["I"] == pytest.approx(-27.211386, abs=1e-6)
+    assert [fit.values[s] for s in ELEMENTS] == pytest.approx(list(PLANTED), abs=1e-7)
+    assert "H" not in fit.standard_errors
+    assert (fit.rank, fit.n_elements) == (4, 4)
+    check_covered(fit, ["H", "I"], np.array([[1, 1], [0, 2]]), str)
+
+
+def test_a_given_value_makes_underdetermined_data_determined() -> None:
+    composition = np.array([[6, 2, 1], [4, 1, 1]])
+    config = SelfEnergiesConfig.model_validate(
+        {"values": {"H": "-13.6 eV"}, "if_underdetermined": "error"}
+    )
+    planted = np.array([-13.6, -1030.0, -2043.0])
+    fit = determine_self_energies(config, composition, composition @ planted, ["H", "C", "O"])
+    assert [fit.values[s] for s in "HCO"] == pytest.approx(list(planted), abs=1e-8)
+
+
+def test_underdetermined_is_an_error_if_asked_for() -> None:
+    config = SelfEnergiesConfig(if_underdetermined="error")
+    with pytest.raises(SelfEnergyError, match=r"determine 1 of 2(.|\n)*remedy:.*give values"):
+        determine_self_energies(config, np.array([[4, 1]]), np.array([-1.0]), ["H", "C"])
+
+
+def test_given_needs_all_and_none_gives_zero() -> None:
+    config = SelfEnergiesConfig.model_validate({"method": "given", "values": {"H": "-13.6 eV"}})
+    with pytest.raises(SelfEnergyError, match=r"no self-energy is given for C, O"):
+        determine_self_energies(config, np.array([[1, 1, 1]]), np.array([0.0]), ["H", "C", "O"])
+    none = SelfEnergiesConfig(method="none")
+    fit = determine_self_energies(none, np.array([[1, 1]]), np.array([0.0]), ["H", "C"])
+    assert fit.values == {"H": 0.0, "C": 0.0}
+
+
+def test_a_given_value_for_no_element_is_refused() -> None:
+    config = SelfEnergiesConfig.model_validate({"values": {"Hx": "-13.6 eV"}})
+    with pytest.raises(SelfEnergyError, match='"Hx" is not an element'):
+        determine_self_energies(config, np.array([[1]]), np.array([0.0]), ["H"])
+
+
+def test_structures_without_an_energy_do_not_enter() -> None:
+    composition, energies = _data(noise=1.0)
+    holes = energies.copy()
+    holes[::3] = np.nan
+    config = SelfEnergiesConfig()
+    known = np.isfinite(holes)
+    found = determine_self_energies(config, composition, holes, ELEMENTS)
+    assert found.values == fit_self_energies(composition[known], energies[known], ELEMENTS).values
+    with pytest.raises(SelfEnergyError, match="no structure of the training split has an energy"):
+        determine_self_energies(config, composition, np.full(400, np.nan), ELEMENTS)
+
+
+def test_an_element_only_in_structures_without_an_energy_is_an_error_by_name() -> None:
+    composition = np.array([[1, 0], [1, 1]])
+    with pytest.raises(SelfEnergyError, match="F: no structure of the training split that has"):
+        determine_self_energies(
+            SelfEnergiesConfig(), composition, np.array([1.0, np.nan]), ["H", "F"]
+        )
+
+
+def test_compositions_formulas_and_sums() -> None:
+    numbers = np.array([8, 1, 1, 6, 1, 1, 1, 8, 1, 35, 1], np.uint8)
+    elements, composition = compositions(np.array([0, 3, 9, 11]), numbers)
+    assert elements == ["H", "C", "O", "Br"]
+    assert composition.tolist() == [[2, 0, 1, 0], [4, 1, 1, 0], [1, 0, 0, 1]]
+    assert formulas(elements, composition) == ["H2O", "CH4O", "BrH"]  # Hill's order
+    values = {"H": -1.0, "C": -10.0, "O": -100.0, "Br": -1000.0}
+    assert sum_of_self_energies(values, elements, composition).tolist() == [-102, -114, -1001]
+    assert in_words({"H": 2, "C": -1}) == "2 H − 1 C"
