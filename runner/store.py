@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,11 +77,12 @@ def write_dataset(
     )
     picture = aside.with_suffix(".png")
     try:
-        group = zarr.open_group(aside, mode="w-", zarr_format=3)
-        group.attrs.update(dict(attributes))
         by_structure = {"first_atom": structures.first_atom, **structures.structures}
-        _write_arrays(group.create_group("structures"), by_structure)
-        _write_arrays(group.create_group("atoms"), structures.atoms)
+        with _codecs(rust=False):
+            group = zarr.open_group(aside, mode="w-", zarr_format=3)
+            group.attrs.update(dict(attributes))
+            _write_arrays(group.create_group("structures"), by_structure)
+            _write_arrays(group.create_group("atoms"), structures.atoms)
         PreparedDataset(aside)  # what cannot be opened does not get its name
         beside(picture)
         picture.replace(path.with_suffix(".png"))
@@ -92,7 +94,6 @@ def write_dataset(
 
 
 def _write_arrays(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write with zarr's own codecs: those in Rust leave out a shard that holds only fill values."""
     for name, array in arrays.items():
         rows = max(len(array), 1)
         chunk = min(CHUNK_ROWS, rows)
@@ -111,15 +112,23 @@ def _write_arrays(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
         stored[...] = array
 
 
-@contextlib.contextmanager
-def _rust_codecs() -> Iterator[None]:
-    """zarr with its codecs in Rust, where they work."""
-    settings: dict[str, Any] = {}
-    with contextlib.suppress(ImportError):
-        import zarrs  # noqa: F401
+_ZARR_CONFIG = threading.RLock()  # it is one for all threads
 
-        settings["codec_pipeline.path"] = "zarrs.ZarrsCodecPipeline"
-    with zarr.config.set(settings):
+
+@contextlib.contextmanager
+def _codecs(*, rust: bool) -> Iterator[None]:
+    """zarr with its codecs in Rust, where they work, or with its own.
+
+    An array keeps the codecs with which it was opened. Those in Rust read several times faster,
+    but leave out a shard that holds only fill values when they write.
+    """
+    pipeline = "zarr.core.codec_pipeline.BatchedCodecPipeline"
+    if rust:
+        with contextlib.suppress(ImportError):
+            import zarrs  # noqa: F401
+
+            pipeline = "zarrs.ZarrsCodecPipeline"
+    with _ZARR_CONFIG, zarr.config.set({"codec_pipeline.path": pipeline}):
         yield
 
 
@@ -159,7 +168,7 @@ class PreparedDataset:
         if not path.is_dir():
             raise DatasetError(f"there is no prepared dataset at {path}")
         try:
-            with _rust_codecs():
+            with _codecs(rust=True):
                 self._group = zarr.open_group(path, mode="r", zarr_format=3)
                 self.attributes: dict[str, Any] = dict(self._group.attrs)
                 self._arrays = {
@@ -203,8 +212,7 @@ class PreparedDataset:
 
     def _read(self, key: str, start: int, stop: int) -> np.ndarray:
         try:
-            with _rust_codecs():
-                return np.asarray(self._arrays[key][start:stop])
+            return np.asarray(self._arrays[key][start:stop])
         except KeyError:
             raise self._damaged(f"the array {key} is missing") from None
         except Exception as error:  # both codec pipelines raise kinds of their own
