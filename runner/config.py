@@ -51,9 +51,12 @@ def _quantity(unit: str) -> Any:
         if not isinstance(value, str):
             raise _reject(f'{value!r} has no unit; write a string such as "{value} {unit}"')
         try:
-            return parse_quantity(value, unit)
+            quantity = parse_quantity(value, unit)
         except UnitError as error:
             raise _reject("; ".join(filter(None, (error.what, error.allowed)))) from None
+        if not math.isfinite(quantity):
+            raise _reject(f"found {_shown(value)}; it should be finite")
+        return quantity
 
     return Annotated[
         float,
@@ -97,7 +100,7 @@ class LabelConfig(Section):
 
     key: str | None = None
     """Name of the label in the file."""
-    value: float | None = None
+    value: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """One value for all structures, instead of a key."""
     unit: str | None = None
     """Unit in the file."""
@@ -493,6 +496,7 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     document = _read_document(path, ())
     for setting in settings:
         _apply_setting(document, setting)
+    _resolve_paths(document.tables, Path.cwd())  # those that came by --set
     try:
         return Config.model_validate(document.tables)
     except ValidationError as error:
@@ -528,7 +532,8 @@ def _read_document(path: Path, extended_by: tuple[Path, ...]) -> Document:
             "`extends` is the path of one TOML file", where=document.place(("extends",))
         )
     below = _read_document(path.parent / base, (*extended_by, path))
-    return Document(_merged(below.tables, tables), below.places | document.places)
+    kept = {loc: place for loc, place in below.places.items() if not _replaced(loc, tables)}
+    return Document(_merged(below.tables, tables), kept | document.places)
 
 
 def _origin(extended_by: tuple[Path, ...]) -> str:
@@ -553,6 +558,17 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
         result[key] = _merged(below[key], value) if both else value
     return result
+
+
+def _replaced(location: Location, above: Any) -> bool:
+    """Whether a key of the file below is inside something that the file above replaces whole."""
+    for part in location:
+        if not isinstance(above, dict):
+            return True
+        if part not in above:
+            return False
+        above = above[part]
+    return False
 
 
 def _apply_setting(document: Document, setting: str) -> None:
@@ -726,6 +742,8 @@ def _explain(details: ErrorDetails, section: type[BaseModel] | None) -> tuple[st
         return "; ".join(filter(None, [f"found {_shown(found)}", hint])), expected
     if kind == "runner":
         return str(context["message"]), ""
+    if kind in ("model_type", "dict_type"):
+        return f"found {_shown(found)}; it should be of type table", ""
     message = details["msg"].replace("Input should be a valid", "it should be of type")
     message = message.replace("Input", "it")
     return f"found {_shown(found)}; {message}", ""

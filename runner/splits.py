@@ -83,13 +83,15 @@ def _by_group(
 ) -> dict[str, np.ndarray]:
     """Whole groups, in random order, each to the split that still lacks most structures."""
     names, owner, counts = np.unique(group, return_inverse=True, return_counts=True)
-    lacking = np.array([wanted[name] for name in SPLITS])
+    rest = len(group) - sum(wanted.values())  # in no split
+    lacking = np.array([*(wanted[name] for name in SPLITS), rest], np.float64)
+    lacking[lacking == 0] = -np.inf
     empty = {number for number, name in enumerate(SPLITS) if wanted[name] > 0}
     split_of = np.empty(len(names), np.int64)
     for left, index in zip(range(len(names), 0, -1), rng.permutation(len(names)), strict=True):
         choice = int(np.argmax(lacking))
         if left <= len(empty) and choice not in empty:  # the last groups, and a split without any
-            choice = max(empty, key=lambda number: int(lacking[number]))
+            choice = max(empty, key=lambda number: float(lacking[number]))
         split_of[index] = choice
         lacking[choice] -= counts[index]
         empty.discard(choice)

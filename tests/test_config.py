@@ -241,3 +241,124 @@ def test_a_schedule_is_a_pure_function_of_the_epoch() -> None:
     term = LossTermConfig(weight=WeightSchedule(start=10.0, end=100.0, epochs=50))
     assert [term.weight_at(epoch) for epoch in (0, 10, 50, 1000)] == [10.0, 28.0, 100.0, 100.0]
     assert LossTermConfig(weight=2).weight_at(17) == 2
+
+
+def test_lines_inside_inline_tables_dotted_keys_and_sub_tables(tmp_path: Path) -> None:
+    text = _mistakes(
+        tmp_path,
+        """prepare.name = "x"
+prepare.source = [
+  { path = "a.xyz", energy = { key = "e", unit = "eV" } },
+  # a comment counts as no element
+  { path = "b.xyz",
+    energy.unit = "eV",
+    energy.kye = "e" },
+]
+[train.potential]
+name = "painn"
+[train.loss.energy]
+[train.metrics]
+energy = [
+  "mae",
+  "rsme",
+]
+[prepare.split]
+"sed" = 1
+""",
+    )
+    file = tmp_path / "config.toml"
+    for line, key, message in (
+        (7, "prepare.source.1.energy.kye", 'unknown key; did you mean "key"?'),
+        (15, "train.metrics.energy.1", "found 'rsme' (string); did you mean \"rmse\"?"),
+        (18, "prepare.split.sed", 'unknown key; did you mean "seed"?'),
+    ):
+        assert f"{file}:{line}  {key}\n    {message}" in text
+
+
+def test_a_sub_table_belongs_to_the_latest_source(tmp_path: Path) -> None:
+    source = '[[prepare.source]]\npath = "a.xyz"\n[prepare.source.energy]\nkey = "e"\nunit = "eV"\n'
+    text = _mistakes(
+        tmp_path, '[prepare]\nname = "x"\n' + source + source + "[prepare.source.forces]\nk = 1\n"
+    )
+    assert f"{tmp_path / 'config.toml'}:14  prepare.source.1.forces.k\n    unknown key" in text
+
+
+def test_extends_in_a_circle_of_two(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('extends = "config.toml"')
+    text = _mistakes(tmp_path, 'extends = "base.toml"')
+    assert "goes round in a circle" in text
+    assert str(tmp_path) in text
+
+
+def test_a_list_over_a_base_file_is_replaced_whole_and_its_mistakes_are_not_the_base_s(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "base.toml").write_text(GOOD)
+    own = 'extends = "base.toml"\n[[prepare.source]]\nenergy = { key = "e", unit = "eV" }\n'
+    config = _load(tmp_path, own.replace("energy", 'path = "c.xyz"\nenergy', 1))
+    assert [source.path for source in config.prepare.source] == [str(tmp_path / "c.xyz")]
+    text = _mistakes(tmp_path, own)
+    assert "prepare.source.0.path\n    this key is missing" in text
+    assert f"{tmp_path / 'config.toml'}:2  prepare.source.0.path" in text
+
+
+@pytest.mark.parametrize("path", ["d.extxyz", '["d.extxyz", "e.xyz"]'])
+def test_a_path_from_the_command_line_stays_the_same_file_in_the_resolved_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = _load(tmp_path, GOOD, f"prepare.source.0.path={path}")
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    assert _load(other, resolved_toml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ('"0.5 nm"', '"inf nm"', "train.potential.cutoff"),
+        ('"0.5 nm"', '"nan nm"', "train.potential.cutoff"),
+        ("{ value = 0 }", "{ value = inf }", "prepare.source.1.total_charge"),
+        ("{ value = 0 }", "{ value = nan }", "prepare.source.1.total_charge"),
+        (
+            "[train]",
+            '[prepare.self_energies]\nvalues = { H = "nan eV" }\n[train]',
+            "prepare.self_energies.values.H",
+        ),
+        ("[train]", "[train.optimizer]\nlr = inf\n[train]", "train.optimizer.lr"),
+        ("start = 10.0", "start = nan", "train.loss.forces.weight.start"),
+        ("scale = -1", "scale = nan", "prepare.source.0.forces.scale"),
+    ],
+)
+def test_what_is_not_finite_is_refused(tmp_path: Path, old: str, new: str, key: str) -> None:
+    assert old in GOOD
+    assert f"  {key}" in _mistakes(tmp_path, GOOD.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prepare = 3",
+        "[[prepare]]\nname = 'x'",
+        GOOD.replace('{ key = "energy", unit = "hartree" }', '"energy"'),
+    ],
+)
+def test_a_value_in_place_of_a_table_is_refused_in_the_words_of_toml(
+    tmp_path: Path, text: str
+) -> None:
+    message = _mistakes(tmp_path, text)
+    assert "it should be of type" in message
+    assert "Config" not in message.replace("config", "")  # no name of a Python class
+    assert "dictionary" not in message
+
+
+def test_fractions_in_any_order_sum_to_one(tmp_path: Path) -> None:
+    for train, val, test in ((0.7, 0.2, 0.1), (0.1, 0.7, 0.2), (0.6, 0.3, 0.1), (1.0, 0, 0)):
+        text = GOOD.replace("train = 0.7", f"train = {train}").replace("val = 0.2", f"val = {val}")
+        split = _load(tmp_path, text.replace("test = 0.1", f"test = {test}")).prepare.split
+        assert (split.train, split.val, split.test) == (train, val, test)
+
+
+def test_a_weight_goes_in_a_straight_line_and_then_stays() -> None:
+    down = WeightSchedule(start=4.0, end=1.0, epochs=3)
+    assert [down.at(epoch) for epoch in range(6)] == pytest.approx([4, 3, 2, 1, 1, 1])

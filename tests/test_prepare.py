@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -235,3 +236,97 @@ def test_find_prepared_finds_it(tmp_path: Path) -> None:
     result = _prepare(config_file)
     config = load_config(config_file)
     assert find_prepared(config, tmp_path / "prepared", "").path == Path(result["dataset"])
+
+
+def test_everything_on_disk_is_float64_and_says_where_it_came_from(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    dataset = PreparedDataset(Path(_prepare(config_file)["dataset"]))
+    train = dataset.read("train")
+    for name, array in (train.atoms | train.structures).items():
+        exact = {"atomic_numbers": np.uint8, "source": np.int16, "source_index": np.int64}
+        assert array.dtype == exact.get(name, np.float64), name
+    (source,) = dataset.attributes["sources"]
+    content = (tmp_path / "data.extxyz").read_bytes()
+    assert source["name"] == "data.extxyz"
+    assert (source["bytes"], source["sha256"]) == (
+        len(content),
+        hashlib.sha256(content).hexdigest(),
+    )
+    assert dataset.attributes["splits"] == {"train": [0, 48], "val": [48, 54], "test": [54, 60]}
+
+
+def test_a_composition_outside_the_row_space_of_training_is_an_error_by_name(
+    tmp_path: Path,
+) -> None:
+    one = springs().take(np.zeros(20, np.int64))  # one composition: rank 1
+    energies = {"energy": -3000 + np.linspace(0, 1, 20)}
+    written = replace(one, structures=one.structures | energies)
+    config_file = write_experiment(tmp_path, written)
+    dataset = PreparedDataset(Path(_prepare(config_file)["dataset"]))
+    stray = int(dataset.read("val").structures["source_index"][0])
+    numbers = written.atoms["atomic_numbers"].copy()
+    rows = slice(written.first_atom[stray], written.first_atom[stray + 1])
+    distinct, counts = np.unique(numbers[rows], return_counts=True)
+    assert len(distinct) > 1
+    numbers[rows] = distinct[np.argmax(counts)]  # known elements, in another proportion
+    atoms = written.atoms | {"atomic_numbers": numbers}
+    write_extxyz(tmp_path / "data.extxyz", replace(written, atoms=atoms))
+    with pytest.raises(SelfEnergyError) as error:
+        _prepare(config_file)
+    text = str(error.value)
+    assert "is no combination of the compositions in the training split" in text
+    assert f"data.extxyz, structure {stray} (counted from 0), in the val split" in text
+    assert "remedy:" in text
+    with pytest.raises(SelfEnergyError, match=r"determine 1 of(.|\n)*remedy:.*give values"):
+        _prepare(config_file, "prepare.self_energies.if_underdetermined=error")
+    assert len(list((tmp_path / "prepared").glob("*.zarr"))) == 1
+
+
+@pytest.mark.parametrize("name", ["energy", "forces"])
+def test_a_training_split_without_one_label_is_prepared_in_silence(
+    tmp_path: Path, name: str
+) -> None:
+    written = springs()
+    train = PreparedDataset(Path(_prepare(write_experiment(tmp_path / "all"))["dataset"])).read(
+        "train"
+    )
+    bare = without(written, name, train.structures["source_index"].tolist())
+    config_file = write_experiment(tmp_path / "some", bare)
+    text = config_file.read_text()
+    config_file.write_text(text.replace('" }\nforces', '", missing = "nan" }\nforces').replace(
+        '"eV/angstrom" }', '"eV/angstrom", missing = "nan" }'))  # fmt: skip
+    given = {"H": "-13.6 eV", "C": "-1029.8 eV", "N": "-1485.3 eV", "O": "-2042.6 eV"}
+    values = ", ".join(f'{symbol} = "{value}"' for symbol, value in given.items())
+    result = _prepare(
+        config_file,
+        "prepare.self_energies.method=given",
+        f"prepare.self_energies.values={{ {values} }}",
+    )
+    dataset = PreparedDataset(Path(result["dataset"]))
+    assert dataset.labels[name] == 12
+    assert result["fit"]["method"] == "given"
+    key = "energy_per_atom_mean" if name == "energy" else "forces_rms"
+    assert dataset.attributes["statistics"]["train"][key] is None
+
+
+def test_real_data_of_one_composition(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[2] / "shared" / "data" / "acetylacetone" / "train_300K.xyz"
+    if not path.is_file():
+        pytest.skip("the shared data is not there")
+    config_file = tmp_path / "config.toml"
+    config_file.write_text(f"""
+[prepare]
+name = "acetylacetone"
+[[prepare.source]]
+path = "{path}"
+energy = {{ key = "energy", unit = "eV" }}
+forces = {{ key = "forces", unit = "eV/angstrom" }}
+""")
+    result = _prepare(config_file)
+    assert (result["structures"], result["atoms"], result["elements"]) == (500, 7500, [*"HCO"])
+    assert (result["fit"]["rank"], result["fit"]["n_elements"]) == (1, 3)
+    assert "warning: the compositions determine 1 of 3" in capsys.readouterr().out
+    spans = PreparedDataset(Path(result["dataset"])).attributes["energy_range"]
+    for span in spans.values():  # one composition: its width is the whole range
+        assert span["width"] == pytest.approx(span["max"] - span["min"], abs=1e-9)
+    assert spans["after"]["float32_spacing"] < 1e-6 < 1e-4 < spans["before"]["float32_spacing"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from runner.config import SelfEnergiesConfig
+from runner import sources
+from runner.config import SelfEnergiesConfig, SourceConfig
 from runner.errors import SelfEnergyError
 from runner.self_energies import (
     check_covered,
@@ -203,3 +206,86 @@ def test_compositions_formulas_and_sums() -> None:
     values = {"H": -1.0, "C": -10.0, "O": -100.0, "Br": -1000.0}
     assert sum_of_self_energies(values, elements, composition).tolist() == [-102, -114, -1001]
     assert in_words({"H": 2, "C": -1}) == "2 H − 1 C"
+
+
+REAL = [  # file, rank, self-energies of H, C and O, rmse: numpy's least squares over all structures
+    ("solvent_clusters/solvent_xtb_test.xyz", "_xtb", 3, (-13.8027, -57.8715, -110.9666), 4.1861),
+    ("ethanol_methanol/train_eth_meth.xyz", "", 2, (-698.299, 329.327, -678.477), 0.16996),
+    ("acetylacetone/train_300K.xyz", "", 1, (-807.861, -504.913, -201.965), 0.14998),
+]
+
+
+@pytest.mark.parametrize(("name", "suffix", "rank", "published", "rmse"), REAL)
+def test_real_data(
+    name: str, suffix: str, rank: int, published: tuple[float, ...], rmse: float
+) -> None:
+    path = Path(__file__).parents[2] / "shared" / "data" / name
+    if not path.is_file():
+        pytest.skip("the shared data is not there")
+    energy = {"key": f"energy{suffix}", "unit": "eV"}
+    config = [SourceConfig.model_validate({"path": str(path), "energy": energy})]
+    structures = sources.read(sources.locate(config), config, None)
+    elements, composition = compositions(structures.first_atom, structures.atoms["atomic_numbers"])
+    energies = structures.structures["energy"]
+    fit = fit_self_energies(composition, energies, elements)
+    expected = np.linalg.lstsq(composition.astype(float), energies, rcond=None)[0]
+    assert _values(fit) == pytest.approx(expected, abs=1e-8)
+    assert _values(fit) == pytest.approx(published, abs=6e-4)
+    assert (fit.rank, len(fit.undetermined)) == (rank, 3 - rank)
+    assert fit.rmse_after == pytest.approx(rmse, abs=6e-5)
+    for combination in fit.undetermined:
+        assert not (composition @ [combination.get(symbol, 0) for symbol in elements]).any()
+
+
+def test_an_underdetermined_fit_is_exact_for_sums_of_what_it_saw() -> None:
+    composition = np.array([[6, 2, 1], [4, 1, 1]])
+    fit = fit_self_energies(composition, composition @ PLANTED[[0, 1, 3]], ["H", "C", "O"])
+    others = np.array([[10, 3, 2], [2, 1, 0], [16, 5, 3]])
+    found = sum_of_self_energies(fit.values, ["H", "C", "O"], others)
+    assert found == pytest.approx(others @ PLANTED[[0, 1, 3]], abs=1e-8)
+
+
+def test_elements_that_are_determined_keep_their_errors_beside_those_that_are_not() -> None:
+    rng = np.random.default_rng(0)
+    distinct = np.array([[2, 0, 0], [1, 1, 1], [3, 2, 2]])  # H is known; C and O go together
+    composition = distinct[rng.integers(0, 3, 60)]
+    energies = composition @ PLANTED[[0, 1, 3]] + rng.normal(size=60)
+    fit = fit_self_energies(composition, energies, ["H", "C", "O"])
+    assert fit.undetermined == [{"C": 1, "O": -1}]
+    assert (fit.standard_errors["C"], fit.standard_errors["O"]) == (None, None)
+    x = composition[:, :2].astype(float)  # the pair CO as one element
+    residual = energies - x @ np.linalg.lstsq(x, energies, rcond=None)[0]
+    expected = np.sqrt(residual @ residual / 58 * np.linalg.inv(x.T @ x)[0, 0])
+    assert fit.standard_errors["H"] == pytest.approx(expected, rel=1e-9)
+    assert uncovered(fit, ["H", "C", "O"], np.array([[5, 1, 1], [0, 3, 3], [0, 1, 0]])).tolist() == [
+        False,
+        False,
+        True,
+    ]  # fmt: skip
+
+
+def test_large_energies_keep_their_small_differences() -> None:
+    composition, _ = _data(noise=0.0)
+    planted = PLANTED * 1000  # 10⁸ eV in a structure: float32 would be wrong by 8 eV
+    fit = fit_self_energies(composition, composition @ planted, ELEMENTS)
+    left = composition @ planted - sum_of_self_energies(fit.values, ELEMENTS, composition)
+    assert np.abs(left).max() < 1e-5
+
+
+def test_the_order_of_the_structures_does_not_matter() -> None:
+    composition, energies = _data(noise=1.0)
+    order = np.random.default_rng(2).permutation(len(energies))
+    fit = fit_self_energies(composition, energies, ELEMENTS)
+    other = fit_self_energies(composition[order], energies[order], ELEMENTS)
+    assert other.values == pytest.approx(fit.values, abs=1e-8)
+    assert other.rmse_after == pytest.approx(fit.rmse_after, rel=1e-9)
+
+
+def test_all_values_given_leaves_nothing_to_fit() -> None:
+    composition, energies = _data(noise=1.0)
+    given = dict(zip(ELEMENTS, PLANTED.tolist(), strict=True))
+    fit = fit_self_energies(composition, energies, ELEMENTS, given=given)
+    assert fit.values == given
+    residual = energies - composition @ PLANTED
+    assert fit.rmse_after == pytest.approx(np.sqrt(np.mean(residual**2)), rel=1e-9)
+    assert not uncovered(fit, ELEMENTS, composition).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,105 @@ def test_files_that_cannot_be_a_source(
 def test_a_file_of_blank_lines_has_no_structures(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="there are no structures"):
         _text(tmp_path, "\n\n")
+
+
+def test_a_file_cut_anywhere_gives_an_error_or_the_structures_before(tmp_path: Path) -> None:
+    text = ONE + ONE.replace("-1.5", "-2.5")
+    labels = {"energy": ENERGY, "forces": FORCES}
+    for cut in range(1, len(text) - 1):  # without its last line end and digit it is whole
+        if len(ONE) - 1 <= cut <= len(ONE):
+            assert len(_text(tmp_path, text[:cut], **labels)) == 1
+            continue
+        assert re.search(r"structure [01] \(counted", _error(tmp_path, text[:cut], **labels)), cut
+
+
+def test_a_file_longer_than_a_chunk(tmp_path: Path) -> None:
+    n = extxyz.CHUNK + 3
+    found = _text(tmp_path, "".join(ONE.replace("-1.5", f"-{s}.5") for s in range(n)))
+    assert found.structures["energy"].tolist() == [-(s + 0.5) for s in range(n)]
+    assert found.structures["source_index"].tolist() == list(range(n))
+    assert found.n_atoms == 2 * n
+    bad = ONE * (n - 1) + ONE.replace("-1.5", "nan")
+    assert f"structure {n - 1} (counted from 0), line {4 * (n - 1) + 1}" in _error(tmp_path, bad)
+
+
+@pytest.mark.parametrize("number", ["4294967297", "-4294967295", "2147483648", "9" * 20])
+@pytest.mark.parametrize(
+    ("name", "old", "new", "label"),
+    [
+        ("energy", "-1.5", "{}", ENERGY),
+        ("dipole", "energy", 'mu="0 {} 1" energy', {"key": "mu", "unit": "e*angstrom"}),
+        ("charges", "forces:R:3 energy=-1.5\nH 0 0 0 0", "q:I:1:w:R:2\nH 0 0 0 {}", {"key": "q"}),
+    ],
+)
+def test_an_integer_of_more_than_32_bits_is_never_another_number(
+    tmp_path: Path, number: str, name: str, old: str, new: str, label: dict[str, str]
+) -> None:
+    assert old in ONE
+    try:
+        found = _text(tmp_path, ONE.replace(old, new.format(number)), **{name: label})
+    except SourceError as error:
+        assert "structure 0 (counted from 0), line 1" in str(error)
+    else:
+        assert float(number) in (found.structures | found.atoms)[name]
+
+
+@pytest.mark.parametrize("number", ["5", "-3", "+5", "007"])
+def test_an_integer_is_a_number_too(tmp_path: Path, number: str) -> None:
+    assert _text(tmp_path, ONE.replace("-1.5", number)).structures["energy"] == [float(number)]
+
+
+def test_a_number_of_atoms_beyond_all_bounds_is_refused(tmp_path: Path) -> None:
+    text = _error(tmp_path, ONE + "9" * 30 + ONE[1:])
+    assert "structure 1 (counted from 0), line 5" in text
+
+
+def test_a_value_that_its_unit_makes_infinite_is_refused(tmp_path: Path) -> None:
+    energy = {"key": "energy", "unit": "hartree"}
+    assert "infinite" in _error(tmp_path, ONE.replace("-1.5", "1e308"), energy=energy)
+
+
+def test_a_label_that_is_nan_in_every_structure_is_not_called_a_misspelt_key(
+    tmp_path: Path,
+) -> None:
+    text = _error(tmp_path, ONE.replace("-1.5", "nan"), energy=ENERGY | {"missing": "nan"})
+    assert "energy" in text
+    assert "did you mean" not in text
+
+
+@pytest.mark.parametrize("form", ['"nan 0 0"', "[nan, 0, 0]"])
+def test_nan_in_a_vector_of_a_structure(tmp_path: Path, form: str) -> None:
+    text = ONE.replace("energy", f"mu={form} energy") + ONE.replace("energy", 'mu="1 2 3" energy')
+    label = {"key": "mu", "unit": "e*angstrom"}
+    assert "dipole is NaN" in _error(tmp_path, text, dipole=label)
+    found = _text(tmp_path, text, dipole=label | {"missing": "nan"}).structures["dipole"]
+    assert np.array_equal(found, [[np.nan, 0, 0], [1, 2, 3]], equal_nan=True)
+
+
+def test_sources_keep_their_own_keys_and_units(tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_text(ONE)
+    (tmp_path / "b.xyz").write_text(ONE.replace("energy", "E").replace("forces", "velo"))
+    config = [
+        SourceConfig.model_validate({"path": str(tmp_path / name), **labels})
+        for name, labels in (
+            ("a.xyz", {"energy": ENERGY, "forces": FORCES}),
+            ("b.xyz", {"energy": {"key": "E", "unit": "kcal/mol"}, "total_charge": {"value": 1}}),
+        )
+    ]
+    found = sources.read(sources.locate(config), config, None)
+    kcal = ase_units.kcal / ase_units.mol
+    assert found.structures["energy"] == pytest.approx([-1.5, -1.5 * kcal], rel=1e-7)
+    assert found.structures["total_charge"].tolist()[1] == 1
+    assert np.isnan(found.structures["total_charge"][0])
+    assert np.isfinite(found.atoms["forces"]).all(axis=1).tolist() == [True, True, False, False]
+    assert found.structures["source"].tolist() == [0, 1]
+    assert found.structures["source_index"].tolist() == [0, 0]
+
+
+def test_files_are_named_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "x.xyz").write_text(ONE)
+    config = [SourceConfig.model_validate({"path": str(tmp_path / "x.xyz"), "energy": ENERGY})]
+    (file,) = sources.locate(config)
+    assert file.sha256 == hashlib.sha256(ONE.encode()).hexdigest()
+    assert file.bytes == len(ONE.encode())
+    assert file.attributes()["name"] == "x.xyz"

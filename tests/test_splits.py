@@ -81,3 +81,39 @@ def test_few_groups_still_give_each_split_one(seed: int) -> None:
     group = [f"g{index % 3}" for index in range(30)]
     splits = _split(30, group, method="group", group_by="molecule", seed=seed)
     assert [len(part) for part in splits.values()] == [10, 10, 10]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_fractions_give_sizes_within_one_of_their_share(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet([4, 2, 2]).tolist()
+    n = int(rng.integers(100, 1000))
+    splits = _split(n, **dict(zip(("train", "val", "test"), shares, strict=True)))
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(n))
+    for part, share in zip(splits.values(), shares, strict=True):
+        assert abs(len(part) - share * n) < 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_structure_is_as_likely_to_be_in_each_place(seed: int) -> None:
+    first = [_split(20, seed=1000 * seed + trial)["train"][0] for trial in range(400)]
+    counts = np.bincount(first, minlength=20)
+    assert np.sum((counts - 20) ** 2 / 20) < 55  # χ² of 19 degrees of freedom: p < 3e-5
+
+
+@pytest.mark.parametrize("counts", [(100, 50, 0), (100, 50, 50), (700, 0, 0)])
+def test_groups_by_counts_come_near_them_and_the_rest_is_left_out(
+    counts: tuple[int, int, int],
+) -> None:
+    group = [f"g{index % 40}" for index in range(1000)]  # 40 groups of 25
+    train, val, test = counts
+    splits = _split(1000, group, method="group", group_by="m", train=train, val=val, test=test)
+    assert [len(part) for part in splits.values()] == pytest.approx(counts, abs=25)
+    members = [{group[index] for index in part} for part in splits.values()]
+    assert sum(map(len, members)) == len(set.union(*members))
+
+
+def test_groups_leave_a_split_of_share_zero_empty() -> None:
+    group = [f"g{index % 40}" for index in range(1000)]
+    splits = _split(1000, group, method="group", group_by="m", train=0.9, val=0.1, test=0.0)
+    assert [len(part) for part in splits.values()] == [900, 100, 0]

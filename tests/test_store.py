@@ -204,3 +204,92 @@ def test_it_can_say_why_a_dataset_does_not_serve(tmp_path: Path, structures: Str
     version = ["the version of the program's transformation"]
     assert why_not_reused(tmp_path, "a", PREPARE, [["aa"]]) == version
     assert why_not_reused(tmp_path, "b", other, [["aa"]]) == []
+
+
+def test_a_changed_byte_anywhere_and_a_cut_chunk_are_errors(
+    tmp_path: Path, structures: Structures
+) -> None:
+    _write(tmp_path / "x.zarr", structures)
+    for name in ("structures/energy/c/0", "atoms/atomic_numbers/c/0"):
+        chunk = tmp_path / "x.zarr" / name
+        content = chunk.read_bytes()
+        flipped = [
+            content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+            for i in range(0, len(content), 3)
+        ]
+        for damaged in [*flipped, b"", content[:1], content[:-1], content[: len(content) // 2]]:
+            chunk.write_bytes(damaged)
+            with pytest.raises(DatasetError, match=r"damaged: the array .* cannot be read"):
+                PreparedDataset(tmp_path / "x.zarr").read("train")
+        chunk.write_bytes(content)
+    PreparedDataset(tmp_path / "x.zarr").read("train")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "{}", "[]"])
+def test_a_damaged_description_is_an_error(
+    tmp_path: Path, structures: Structures, damage: str
+) -> None:
+    _write(tmp_path / "x.zarr", structures)
+    (tmp_path / "x.zarr" / "zarr.json").write_text(damage)
+    with pytest.raises(DatasetError, match=r"damaged(.|\n)*remedy: *delete this folder"):
+        PreparedDataset(tmp_path / "x.zarr")
+
+
+def test_a_killed_writer_leaves_nothing_visible_and_the_next_one_clears_up(
+    tmp_path: Path, structures: Structures
+) -> None:
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from molecules import random_structures\nfrom runner.store import write_dataset\n"
+        "def die(picture):\n"
+        "    picture.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"write_dataset(Path({str(tmp_path / 'x.zarr')!r}), random_structures([2]), {{}}, die)\n"
+    ).replace("{}", repr(ATTRIBUTES))
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr.decode()
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 2
+    assert all(name.startswith(".") for name in left)
+    with pytest.raises(DatasetError, match="there is no prepared dataset"):
+        PreparedDataset(tmp_path / "x.zarr")
+    _write(tmp_path / "x.zarr", structures)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.zarr", "x.png"}
+
+
+def test_two_writers_of_one_process_do_not_disturb_each_other(
+    tmp_path: Path, structures: Structures
+) -> None:
+    def slow(picture: Path) -> None:
+        picture.write_bytes(b"png")
+        _write(tmp_path / "x.zarr", structures)  # another thread, at the worst moment
+
+    write_dataset(tmp_path / "x.zarr", structures, ATTRIBUTES, slow)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.zarr", "x.png"}
+    PreparedDataset(tmp_path / "x.zarr").read("train")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": {"seed": 0, "val": 0.1}},
+        {"self_energies": {"method": "none"}},
+        {"source": [{"path": "/x/a.xyz", "energy": {"key": "e", "unit": "eV", "scale": 1.0}}]},
+        {"source": [{"path": "/x/a.xyz", "energy": {"key": "E", "unit": "meV", "scale": 1.0}}]},
+        {"source": [{"path": "/x/a.xyz", "energy": {"key": "E", "unit": "eV", "scale": -1.0}}]},
+        {"source": [{"path": "/x/a.xyz", "format": "extxyz", **PREPARE["source"][0]}]},
+    ],
+)
+def test_each_key_makes_another_fingerprint(change: dict[str, Any]) -> None:
+    assert fingerprint(PREPARE | change, [["aa"]]) != fingerprint(PREPARE, [["aa"]])
+    assert fingerprint(PREPARE | change, [["aa"]]) == fingerprint(
+        change | PREPARE | change, [["aa"]]
+    )
+
+
+def test_the_version_of_the_transformation_makes_another_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = fingerprint(PREPARE, [["aa"]])
+    monkeypatch.setattr(store, "TRANSFORMATION_VERSION", 10**6)
+    assert fingerprint(PREPARE, [["aa"]]) != before

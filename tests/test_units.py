@@ -66,3 +66,9 @@ def test_quantities() -> None:
 def test_what_is_no_quantity_is_refused(text: str, message: str) -> None:
     with pytest.raises(UnitError, match=message):
         parse_quantity(text, "angstrom")
+
+
+@pytest.mark.parametrize("text", ["angstrom", "", "nan", "5 ", "5,0 angstrom", "0x5 angstrom"])
+def test_a_quantity_is_a_number_and_a_unit(text: str) -> None:
+    with pytest.raises(UnitError, match=r'is not a quantity|has no unit(.|\n)*"5? ?.*angstrom"'):
+        parse_quantity(text, "angstrom")

@@ -149,12 +149,17 @@ def _check_labels_found(
     for name, label in config.labels.items():
         per = LABELS[name].per
         array = (structures.atoms if per == "atom" else structures.structures)[name]
-        if not np.isfinite(array[rows_of[per]]).any():
+        if np.isfinite(array[rows_of[per]]).any():
+            continue
+        if label.key in keys:
+            what = f'the label {name}, key "{label.key}", is missing in every structure'
+        else:
             hint = did_you_mean(str(label.key), keys)
-            raise SourceError(
-                f'no structure has the label {name} under the key "{label.key}"'
-                + (f"; {hint}" if hint else ""),
-                where=str(first),
-                allowed=f"the keys in the file: {', '.join(keys)}",
-                remedy=f"correct the key of {name}, or take {name} out of the source",
-            )
+            what = f'no structure has the label {name} under the key "{label.key}"'
+            what += f"; {hint}" if hint else ""
+        raise SourceError(
+            what,
+            where=str(first),
+            allowed=f"the keys in the file: {', '.join(keys)}",
+            remedy=f"correct the key of {name}, or take {name} out of the source",
+        )

@@ -75,8 +75,10 @@ def _frames(path: Path) -> Iterator[_Frame]:
         for index, (line, n_atoms, comment) in enumerate(_outline(path)):
             where = f"{path}, structure {index} (counted from 0), line {line}"
             start = cextxyz.cftell(file)
+            # integers are kept in 32 bits and wrap round, reals are not
+            instead = _retyped(comment, "I", "R") if ":I:" in comment else None
             try:
-                _, info, arrays = cextxyz.read_frame_dicts(file, use_cleri=False)
+                _, info, arrays = cextxyz.read_frame_dicts(file, comment=instead, use_cleri=False)
             except (cextxyz.ExtXYZError, EOFError, ValueError) as error:
                 cextxyz.cfseek(file, start, 0)
                 info, arrays = _with_not_a_number(file, comment, where, error)
@@ -95,7 +97,7 @@ def _outline(path: Path) -> Iterator[tuple[int, int, str]]:
                 if any(rest.strip() for rest in file):
                     raise SourceError("a blank line stands between structures", where=where)
                 return
-            if not head.strip().isdigit() or int(head) == 0:
+            if not re.fullmatch(rb"\s*0*[1-9][0-9]{0,17}\s*", head):
                 raise SourceError(
                     f'found "{_text(head)[:40]}" where a number of atoms should stand',
                     where=where,
@@ -126,17 +128,31 @@ def _with_not_a_number(
 
     Whether a NaN is allowed there is decided where all labels are checked.
     """
-    properties = re.search(r'Properties="?([^\s"]+)', comment)
-    text = comment.replace(properties[1], properties[1].replace(":R:", ":S:")) if properties else ""
+    as_reals = _retyped(comment, "I", "R")
+    as_text = _retyped(as_reals, "R", "S")
     try:
-        if not text or "invalid field" not in str(error):
+        if as_text == as_reals or "invalid field" not in str(error):
             raise error
-        _, info, arrays = cextxyz.read_frame_dicts(file, comment=text, use_cleri=False)
-        reals = re.findall(r"(\w+):R:\d+", properties[1]) if properties else []
+        _, info, arrays = cextxyz.read_frame_dicts(file, comment=as_text, use_cleri=False)
+        reals = re.findall(r"(\w+):R:\d+", _properties(as_reals))
         return info, arrays | {name: arrays[name].astype(np.float64) for name in reals}
     except (cextxyz.ExtXYZError, EOFError, ValueError):
         message = str(error).replace("ERROR: ", "") or "the file ends inside the structure"
         raise SourceError(f"the structure cannot be read: {message}", where=where) from None
+
+
+def _properties(comment: str) -> str:
+    """The description of the columns in a comment line."""
+    found = re.search(r'Properties="?([^\s"]+)', comment)
+    return found[1] if found else ""
+
+
+def _retyped(comment: str, old: str, new: str) -> str:
+    """The comment line with all columns of one type declared to be of another."""
+    properties = _properties(comment)
+    if not properties:
+        return comment
+    return comment.replace(properties, properties.replace(f":{old}:", f":{new}:"))
 
 
 def _structures(frames: list[_Frame], config: SourceConfig, group_key: str | None) -> Structures:
@@ -226,8 +242,11 @@ def _value(
 
 
 def _check_integers(value: np.ndarray, frame: _Frame, key: str) -> None:
-    """The parser keeps integers in 32 bits and wraps larger ones round."""
-    if any(str(number) not in frame.comment for number in value.ravel()) and key in frame.info:
+    """The parser keeps integers in 32 bits and wraps larger ones round: compare with the text."""
+    pattern = rf"""(?:^|\s)["']?{re.escape(key)}["']?\s*=\s*("[^"]*"|\[[^=]*\]|{{[^}}]*}}|\S+)"""
+    texts = re.findall(pattern, frame.comment)
+    written = [float(number) for number in re.findall(r"[-+]?\d+", texts[-1])] if texts else []
+    if written != value.ravel().tolist():
         raise ValueError
 
 

@@ -37,9 +37,11 @@ def converted(
     Raises:
         SourceError: an infinite value, or a NaN that is not declared to mean "missing".
     """
+    with np.errstate(over="ignore"):  # what becomes too large is refused as infinite
+        values = values * label.factor(quantity)
     if not np.isfinite(values).all():
         _refuse(quantity, values, present, counts, where, nan_allowed=label.missing == "nan")
-    return values * label.factor(quantity)
+    return values
 
 
 def check_positions(
