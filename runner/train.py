@@ -186,7 +186,7 @@ def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> ligh
             EpochLines(terminal, config, to_file=interactive),
         ],
         callbacks=[
-            *([RichProgressBar()] if interactive else []),
+            *([ProgressBar()] if interactive else []),
             *_checkpoints(run.path / "checkpoints"),
             *_early_stopping(config),
         ],
@@ -226,6 +226,18 @@ def _quiet() -> Iterator[None]:
         ):
             warnings.filterwarnings("ignore", message)
         yield
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, with the losses of the last epoch beside it."""
+
+    def get_metrics(
+        self, trainer: lightning.Trainer, _: lightning.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Training and validation loss, once there are some."""
+        values = trainer.callback_metrics
+        named = (("train loss", "train/loss/total_loss"), ("val loss", MONITOR))
+        return {name: f"{float(values[key]):.4g}" for name, key in named if key in values}
 
 
 class EpochLines(Logger):

@@ -6,12 +6,14 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import runner
+from runner import sources
 from runner.config import LossConfig, MetricsConfig, SourceConfig
-from runner.fields import LABELS
+from runner.fields import FIELDS, LABELS
 
 PACKAGE = Path(runner.__file__).parent
 ROOT = PACKAGE.parent
@@ -135,3 +137,49 @@ def test_the_top_level_holds_what_the_design_names() -> None:
     expected |= {"runner", "experiments", "tests", "data"}
     made_by_tools = {name for name in visible if name.endswith(".egg-info")} | {"build"}
     assert visible - made_by_tools == expected
+
+
+def test_the_vocabulary_is_the_design_s() -> None:
+    assert {name: (f.per, f.shape, f.unit) for name, f in FIELDS.items()} == {
+        "atomic_numbers": ("atom", (), ""),
+        "positions": ("atom", (3,), "angstrom"),
+        "energy": ("structure", (), "eV"),
+        "forces": ("atom", (3,), "eV/angstrom"),
+        "total_charge": ("structure", (), "e"),
+        "dipole": ("structure", (3,), "e*angstrom"),
+        "charges": ("atom", (), "e"),
+    }
+    assert all(name == field.name and field.meaning for name, field in FIELDS.items())
+
+
+def test_the_formats_of_the_config_are_those_of_the_readers() -> None:
+    (allowed, _) = get_args(SourceConfig.model_fields["format"].annotation)
+    assert set(get_args(allowed)) == set(sources.READERS)
+    assert set(sources.SUFFIXES.values()) == set(sources.READERS)
+
+
+def test_files_are_nouns_and_none_is_a_drawer() -> None:
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    assert not drawers & {part for name in MODULES for part in name.split(".")}
+
+
+def test_the_users_mistakes_are_raised_not_asserted() -> None:
+    for name, tree in MODULES.items():
+        with_message = [n for n in ast.walk(tree) if isinstance(n, ast.Assert) and n.msg]
+        assert not with_message, f"{name} asserts with a message: raise an InputError instead"
+
+
+def test_units_are_converted_where_files_are_read_and_settings_are_checked() -> None:
+    converters = {
+        name for name, tree in MODULES.items() for i in _imports(tree) if i == "runner.units"
+    }
+    assert converters <= {"runner.config", "runner.sources.extxyz", "runner.sources.labels"}
+
+
+def test_pickles_are_neither_written_nor_trusted() -> None:
+    for name, tree in MODULES.items():
+        assert not {"pickle", "dill", "cloudpickle", "joblib"} & set(_imports(tree)), name
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            text = ast.unparse(call)
+            if ast.unparse(call.func) == "torch.load":
+                assert "weights_only=True" in text, f"{name}: {text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,108 @@ def test_an_interrupt_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("setting", "old", "new", "message"),
+    [
+        ("prepare.source.0.path=gone.xyz", "", "", "no data file at"),
+        ("", "*", "", "the file is empty"),
+        ("", "*", "3\nhalf a stru", "announces 3 atoms, and 0 lines of atoms follow"),
+        ("", "*", "damaged\n", 'found "damaged" where a number of atoms should stand'),
+        ("", " energy=", " energy=inf other=", "energy is infinite"),
+        ("", " energy=", " energy=nan other=", 'add missing = "nan"'),
+        ("prepare.source.0.energy.key=enrgy", "", "", 'did you mean "energy"?'),
+        ("prepare.source.0.forces.unit=eV", "", "", 'the unit "eV" has the wrong dimension'),
+        ("prepare.source.0.forces={ key = 'forces' }", "", "", "forces needs a unit"),
+        ("prepare.split.train=0.9", "", "", "must sum to 1"),
+        ("prepare.split.trian=0.9", "", "", 'did you mean "train"?'),
+        ("prepare.split", "", "", "is not a setting"),
+        ("prepare.self_energies.values={ Q = '-1 eV' }", "", "", '"Q" is not an element'),
+        (
+            "prepare.split={ train = 90, val = 5, test = 5 }",
+            "",
+            "",
+            "ask for 100 structures of 60",
+        ),
+    ],
+)
+def test_bad_input_to_prepare_ends_with_2_and_leaves_no_dataset(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    old: str,
+    new: str,
+    message: str,
+) -> None:
+    write_experiment(tmp_path)
+    data = tmp_path / "data.extxyz"
+    if old:
+        data.write_text(new if old == "*" else data.read_text().replace(old, new, 1))
+    settings = ["--set", setting] if setting else []
+    folder = tmp_path / "prepared"
+    arguments = ["prepare", str(tmp_path), "--data-dir", str(folder), *settings]
+    assert _main(monkeypatch, *arguments) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("error: ")
+    assert "Traceback" not in output.err
+    assert output.out == ""
+    assert not list(tmp_path.rglob("*.zarr*"))
+
+
+def test_training_before_preparing_ends_with_2_and_the_command_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
+    assert _main(monkeypatch, "train", str(tmp_path), "--data-dir", str(tmp_path / "p")) == 2
+    error = capsys.readouterr().err
+    assert "the dataset of this experiment is not prepared yet" in error
+    assert f"runner prepare {tmp_path}" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_processes_at_once_make_one_dataset_and_each_prints_one_object(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    command = [sys.executable, "-m", "runner", "prepare", str(tmp_path), "--json"]
+    environment = os.environ | {"RUNNER_DATA_DIR": str(tmp_path / "prepared")}
+    running = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    ended = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0], ended
+    results = [json.loads(out) for out, _ in ended]
+    assert all(out.count("\n") == 1 for out, _ in ended)
+    assert results[0]["dataset"] == results[1]["dataset"]
+    assert {path.suffix for path in (tmp_path / "prepared").iterdir()} == {".zarr", ".png"}
+    for _, err in ended:
+        assert "Warning" not in err
+        assert "Self-energies" in err
+
+
+def test_the_account_of_a_person_is_on_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_experiment(tmp_path)
+    assert _main(monkeypatch, "prepare", str(tmp_path), "--data-dir", str(tmp_path / "p")) == 0
+    output = capsys.readouterr()
+    assert "Self-energies" in output.out
+    assert output.err == ""
+
+
+def test_an_interrupt_says_so_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runner.prepare.prepare", interrupted)
+    write_experiment(tmp_path)
+    assert _main(monkeypatch, "prepare", str(tmp_path)) == 130
+    error = capsys.readouterr().err
+    assert "nterrupted" in error or "Aborted" in error
+    assert "Traceback" not in error

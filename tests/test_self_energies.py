@@ -257,11 +257,8 @@ def test_elements_that_are_determined_keep_their_errors_beside_those_that_are_no
     residual = energies - x @ np.linalg.lstsq(x, energies, rcond=None)[0]
     expected = np.sqrt(residual @ residual / 58 * np.linalg.inv(x.T @ x)[0, 0])
     assert fit.standard_errors["H"] == pytest.approx(expected, rel=1e-9)
-    assert uncovered(fit, ["H", "C", "O"], np.array([[5, 1, 1], [0, 3, 3], [0, 1, 0]])).tolist() == [
-        False,
-        False,
-        True,
-    ]  # fmt: skip
+    others = np.array([[5, 1, 1], [0, 3, 3], [0, 1, 0]])
+    assert uncovered(fit, ["H", "C", "O"], others).tolist() == [False, False, True]
 
 
 def test_large_energies_keep_their_small_differences() -> None:
