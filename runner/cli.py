@@ -121,9 +121,10 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            print("interrupted", file=sys.stderr)
+        raise
     except Exception as error:
         with tempfile.NamedTemporaryFile(
             "w", prefix="runner-traceback-", suffix=".txt", delete=False

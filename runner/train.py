@@ -57,7 +57,7 @@ def train(
             result = _train(settings, dataset, run, terminal)
         except KeyboardInterrupt:
             run.finish("interrupted")
-            terminal.say(f"interrupted; the weights so far are in {run.path / 'checkpoints'}")
+            terminal.say(f"stopped early; the weights so far are in {run.path / 'checkpoints'}")
             raise
         except BaseException:
             run.finish("failed")

@@ -117,3 +117,9 @@ def test_groups_leave_a_split_of_share_zero_empty() -> None:
     group = [f"g{index % 40}" for index in range(1000)]
     splits = _split(1000, group, method="group", group_by="m", train=0.9, val=0.1, test=0.0)
     assert [len(part) for part in splits.values()] == [900, 100, 0]
+
+
+def test_structures_of_groups_are_shuffled_within_a_split() -> None:
+    group = [f"g{index % 200}" for index in range(1000)]
+    train = _split(1000, group, method="group", group_by="m")["train"]
+    assert abs(np.corrcoef(np.arange(len(train)), train)[0, 1]) < 0.15
