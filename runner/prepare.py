@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def find_prepared(config: Config, data_dir: Path, command: str) -> PreparedDatas
 
 def default_data_dir(config_file: Path) -> Path:
     """`RUNNER_DATA_DIR`, or `data/prepared` at the root of the project that the config is in."""
-    if "RUNNER_DATA_DIR" in os.environ:
+    if os.environ.get("RUNNER_DATA_DIR"):
         return Path(os.environ["RUNNER_DATA_DIR"]).resolve()
     folder = config_file.resolve().parent
     for root in (folder, *folder.parents):
@@ -120,57 +120,71 @@ def default_data_dir(config_file: Path) -> Path:
 def _build(request: Request) -> None:
     """Read, split, fit, subtract, write."""
     config = request.config
-    group_key = (
-        config.split.group_by if config.split.group_by not in ("formula", "source") else None
-    )
+    group_key = None if config.split.group_by in ("formula", "source") else config.split.group_by
     structures = sources.read(request.files, config.source, group_key)
-    elements, composition = compositions(structures.first_atom, structures.atoms["atomic_numbers"])
     splits = split_structures(len(structures), config.split, _groups(structures, config))
-    total = structures.structures.get("energy", np.full(len(structures), np.nan))
-    train = splits["train"]
-    seen = composition[train].any(axis=0)
-    fit = determine_self_energies(
-        config.self_energies,
-        composition[train][:, seen],
-        total[train],
-        [symbol for symbol, there in zip(elements, seen, strict=True) if there],
-    )
-    for name, chosen in splits.items():
-        check_covered(fit, elements, composition[chosen], _namer(structures, request, name, chosen))
-    order = np.concatenate([splits[name] for name in SPLITS])
-    corrected = structures.take(order)
-    if "energy" in corrected.structures:
-        offsets = sum_of_self_energies(fit.values, elements, composition[order])
-        corrected.structures["energy"] = total[order] - offsets
+    fit = _fit(config, structures.take(splits["train"]))
+    for name, indices in splits.items():
+        part = structures.take(indices)
+        check_covered(fit, *_composition(part), _namer(part, request, name))
+    chosen = structures.take(np.concatenate([splits[name] for name in SPLITS]))
+    corrected = subtract_self_energies(chosen, fit)
     attributes = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": request.fingerprint,
         "prepare": request.table,
         "files": request.hashes,
         "sources": [file.attributes() for file in request.files],
-        "elements": elements,
+        "elements": _composition(chosen)[0],
         "units": {f.name: f.unit for f in (ATOMIC_NUMBERS, POSITIONS, *LABELS.values())},
         "splits": _ranges(splits),
-        "unused": len(structures) - len(order),
+        "unused": len(structures) - len(chosen),
         "self_energies": fit.values,
         "fit": fit.certificate(),
-        "statistics": statistics(corrected, _ranges(splits)["train"][1]),
-        "energy_range": energy_range(total[order], corrected, composition[order]),
+        "statistics": statistics(corrected, n_train=len(splits["train"])),
+        "energy_range": energy_range(chosen, corrected),
     }
-    from runner import plots  # late: matplotlib is slow to import, and a cached dataset needs none
+    write_dataset(request.path, corrected, attributes, _picture(chosen, corrected))
 
-    names = formulas(elements, composition[order])
-    write_dataset(
-        request.path,
-        corrected,
-        attributes,
-        lambda picture: plots.self_energies(picture, total[order], corrected, names),
-    )
+
+def _composition(structures: Structures) -> tuple[list[str], np.ndarray]:
+    return compositions(structures.first_atom, structures.atoms["atomic_numbers"])
+
+
+def _energies(structures: Structures) -> np.ndarray:
+    """Energies; all NaN where no source has any."""
+    return structures.structures.get("energy", np.full(len(structures), np.nan))
+
+
+def _fit(config: PrepareConfig, train: Structures) -> SelfEnergyFit:
+    elements, composition = _composition(train)
+    return determine_self_energies(config.self_energies, composition, _energies(train), elements)
+
+
+def subtract_self_energies(structures: Structures, fit: SelfEnergyFit) -> Structures:
+    """The same structures with offset-corrected energies, in float64."""
+    if "energy" not in structures.structures:
+        return structures
+    offsets = sum_of_self_energies(fit.values, *_composition(structures))
+    corrected = structures.structures | {"energy": _energies(structures) - offsets}
+    return replace(structures, structures=corrected)
+
+
+def _picture(total: Structures, corrected: Structures) -> Callable[[Path], None]:
+    """Draws the energies before and after the subtraction."""
+
+    def draw(path: Path) -> None:
+        from runner import plots  # late: matplotlib is slow to import, and seldom needed
+
+        names = formulas(*_composition(total))
+        plots.self_energies(path, _energies(total), corrected, names)
+
+    return draw
 
 
 def _groups(structures: Structures, config: PrepareConfig) -> Sequence[str] | None:
     if config.split.group_by == "formula":
-        return formulas(*compositions(structures.first_atom, structures.atoms["atomic_numbers"]))
+        return formulas(*_composition(structures))
     if config.split.group_by == "source":
         return [str(number) for number in structures.structures["source"]]
     return structures.group
@@ -181,16 +195,13 @@ def _ranges(splits: dict[str, np.ndarray]) -> dict[str, list[int]]:
     return {name: [bounds[i], bounds[i + 1]] for i, name in enumerate(SPLITS)}
 
 
-def _namer(
-    structures: Structures, request: Request, split: str, chosen: np.ndarray
-) -> Callable[[int], str]:
+def _namer(structures: Structures, request: Request, split: str) -> Callable[[int], str]:
     """Says of a structure of a split where it came from."""
 
     def name(number: int) -> str:
-        index = chosen[number]
-        file = request.files[structures.structures["source"][index]].path
-        origin = structures.structures["source_index"][index]
-        return f"{file}, structure {origin} (counted from 0), in the {split} split"
+        file = request.files[structures.structures["source"][number]].path
+        index = structures.structures["source_index"][number]
+        return f"{file}, structure {index} (counted from 0), in the {split} split"
 
     return name
 
@@ -215,39 +226,31 @@ def statistics(structures: Structures, n_train: int) -> dict[str, Any]:
             coverage[name] = int(per_structure.sum())
     n_atoms = int(structures.first_atom[n_train])
     train: dict[str, Any] = {"n_structures": n_train, "n_atoms": n_atoms}
-    if "energy" in structures.structures:
-        counts = np.diff(structures.first_atom)[:n_train]
-        per_atom = structures.structures["energy"][:n_train] / counts
-        train["energy_per_atom_mean"] = _finite(np.nanmean(per_atom))
-        train["energy_per_atom_std"] = _finite(np.nanstd(per_atom))
-    if "forces" in structures.atoms:
-        train["forces_rms"] = _finite(
-            np.sqrt(np.nanmean(structures.atoms["forces"][:n_atoms] ** 2))
-        )
+    per_atom = _energies(structures)[:n_train] / np.diff(structures.first_atom)[:n_train]
+    per_atom = per_atom[np.isfinite(per_atom)]
+    forces = structures.atoms.get("forces", np.zeros((0, 3)))[:n_atoms]
+    forces = forces[np.isfinite(forces)]
+    train["energy_per_atom_mean"] = float(per_atom.mean()) if len(per_atom) else None
+    train["energy_per_atom_std"] = float(per_atom.std()) if len(per_atom) else None
+    train["forces_rms"] = float(np.sqrt((forces**2).mean())) if len(forces) else None
     return {"coverage": coverage, "train": train}
 
 
-def _finite(value: np.floating[Any]) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def energy_range(
-    total: np.ndarray, corrected: Structures, composition: np.ndarray
-) -> dict[str, Any] | None:
+def energy_range(total: Structures, corrected: Structures) -> dict[str, Any] | None:
     """Energies before and after the subtraction, eV, and what float32 would make of both.
 
     Args:
-        total: total energies, in the stored order.
+        total: structures with their total energies.
         corrected: the same structures, offset-corrected.
-        composition: atoms of each element in each structure.
 
     Returns:
         `before` and `after`: `min`, `max`, `float32_spacing` (at the largest magnitude) and
         `width` (the largest E_max − E_min over structures of one composition, which the
-        subtraction must not change).
+        subtraction must not change). None where there are no energies.
     """
-    if not np.isfinite(total).any():
+    if not np.isfinite(_energies(total)).any():
         return None
+    _, composition = _composition(total)
     owner = np.unique(composition, axis=0, return_inverse=True)[1].ravel()
 
     def of(energies: np.ndarray) -> dict[str, float]:
@@ -264,7 +267,7 @@ def energy_range(
             "float32_spacing": float(np.spacing(np.float32(largest))),
         }
 
-    return {"before": of(total), "after": of(corrected.structures["energy"])}
+    return {"before": of(_energies(total)), "after": of(_energies(corrected))}
 
 
 def _say_why(request: Request, terminal: Terminal) -> None:

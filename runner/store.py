@@ -185,6 +185,7 @@ class PreparedDataset:
             raise self._damaged(str(error)) from error
         if self.attributes.get("schema_version") != SCHEMA_VERSION:
             raise self._damaged(f"its schema version is {self.attributes.get('schema_version')}")
+        self._check_lengths()
         self._check_chunks()
 
     def read(self, split: str) -> Structures:
@@ -232,6 +233,19 @@ class PreparedDataset:
         except Exception as error:  # both codec pipelines raise kinds of their own
             raise self._damaged(f"the array {key} cannot be read: {error}") from error
         return np.concatenate(parts)[start - first : stop - first]
+
+    def _check_lengths(self) -> None:
+        """Arrays of one table are as long as each other, and the splits lie within them."""
+        lengths = {key: array.shape[0] for key, array in self._arrays.items()}
+        n_structures = lengths.get("structures/first_atom", 0) - 1
+        n_atoms = lengths.get("atoms/atomic_numbers")
+        for key, length in lengths.items():
+            expected = n_structures if key.startswith("structures/") else n_atoms
+            if key != "structures/first_atom" and length != expected:
+                raise self._damaged(f"the array {key} has {length} rows instead of {expected}")
+        splits = self.attributes.get("splits", {}).values()
+        if max((stop for _, stop in splits), default=0) != n_structures:
+            raise self._damaged(f"its splits do not cover its {n_structures} structures")
 
     def _check_chunks(self) -> None:
         for key, array in self._arrays.items():

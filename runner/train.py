@@ -30,7 +30,7 @@ from runner.errors import ConfigError, DatasetError, RunError
 from runner.experiment import RunDirectory
 from runner.fields import LABELS, Field
 from runner.metrics import labelled_components
-from runner.potentials import Potential, build_potential
+from runner.potentials import build_potential
 from runner.predictor import Predictor, passport
 from runner.prepare import find_prepared
 from runner.store import PreparedDataset
@@ -303,7 +303,7 @@ def _test(
     terminal.say(
         "", table("Errors on the test split, best checkpoint", ("", "error", "unit"), rows)
     )
-    pairs = _parity_pairs(module.potential, data)
+    pairs = _parity_pairs(module, data)
     notes = {
         name: f"MAE {np.abs(predicted - reference).mean():.3g} {LABELS[name].unit_text}"
         for name, (reference, predicted) in pairs.items()
@@ -325,14 +325,15 @@ def _label_of(metric: str) -> Field:
 
 
 def _parity_pairs(
-    potential: Potential, data: PreparedDataModule
+    module: Training, data: PreparedDataModule
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(reference, predicted) components of each labelled and predicted quantity."""
+    """(reference, predicted) components of each quantity that is trained or measured."""
     collected: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    potential.eval()
+    potential = module.potential.eval()
+    quantities = {*module.config.loss.terms, *module.config.measured}
     for batch in data.batches("test"):
         prediction = potential(batch.to(potential.scale.device))
-        for name in prediction.keys() & batch.labels.keys():
+        for name in quantities:
             predicted, reference = labelled_components(
                 name, prediction, batch.to(potential.scale.device)
             )

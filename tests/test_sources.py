@@ -165,6 +165,7 @@ def test_a_molecule_in_a_box_is_not_periodic_but_a_crystal_is(tmp_path: Path) ->
         (ONE + ONE.replace("-1.5", '"1 2"'), "shape(.|\n)*one number a structure"),
         (ONE + ONE.replace("-1.5", "99999999999999999999"), "cannot be the label energy"),
         (ONE + ONE.replace("-1.5", "T"), "cannot be the label energy"),
+        (ONE + ONE.replace("-1.5", "-1_500"), "holds '-1_500', which cannot be the label energy"),
         (ONE + ONE.replace("forces:R:3", "other:R:2:x:R:1"), ""),
         (ONE + ONE.replace("forces:R:3", "forces:R:2:x:R:1"), "which cannot be the label forces"),
         (ONE + ONE.replace("species", "spezies"), 'there is no column "species"'),
@@ -238,6 +239,12 @@ def test_files_that_cannot_be_a_source(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message):
         _read(tmp_path / name)
+
+
+def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.xyz").write_text(ONE)
+    with pytest.raises(SourceError, match=r"named twice(.|\n)*a.xyz(.|\n)*a glob may match it"):
+        _read([tmp_path / "a.xyz", tmp_path / "*.xyz"])
 
 
 def test_a_file_of_blank_lines_has_no_structures(tmp_path: Path) -> None:

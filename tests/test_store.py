@@ -319,3 +319,19 @@ def test_the_version_of_the_transformation_makes_another_fingerprint(
     before = fingerprint(PREPARE, [["aa"]])
     monkeypatch.setattr(store, "TRANSFORMATION_VERSION", 10**6)
     assert fingerprint(PREPARE, [["aa"]]) != before
+
+
+@pytest.mark.parametrize("splits", [{"train": [0, 3]}, {"train": [0, 9]}, {}])
+def test_splits_that_do_not_fit_the_arrays_are_refused(
+    tmp_path: Path, structures: Structures, splits: dict[str, Any]
+) -> None:
+    attributes = ATTRIBUTES | {"splits": splits}
+    with pytest.raises(DatasetError, match="its splits do not cover its 6 structures"):
+        write_dataset(tmp_path / "x.zarr", structures, attributes, lambda picture: picture.touch())
+
+
+def test_arrays_of_different_length_are_refused(tmp_path: Path, structures: Structures) -> None:
+    short = structures.atoms | {"forces": structures.atoms["forces"][:-1]}
+    broken = Structures(structures.first_atom, short, structures.structures)
+    with pytest.raises(DatasetError, match="the array atoms/forces has 20 rows instead of 21"):
+        write_dataset(tmp_path / "x.zarr", broken, ATTRIBUTES, lambda picture: picture.touch())

@@ -60,11 +60,20 @@ def locate(sources: Sequence[SourceConfig]) -> list[SourceFile]:
     """Find and hash the files of all sources, in the order of the config.
 
     Raises:
-        SourceError: a path that does not exist, a glob that matches nothing, an empty file.
+        SourceError: a path that does not exist, a glob that matches nothing, an empty file,
+            one that is named twice.
     """
-    return [
-        _hashed(path, section) for section, config in enumerate(sources) for path in _paths(config)
-    ]
+    found: dict[Path, SourceFile] = {}
+    for section, config in enumerate(sources):
+        for path in _paths(config):
+            if path in found:
+                raise SourceError(
+                    "the file is named twice, so its structures would be in several splits",
+                    where=str(path),
+                    remedy="name it once in prepare.source; a glob may match it too",
+                )
+            found[path] = _hashed(path, section)
+    return list(found.values())
 
 
 def read(

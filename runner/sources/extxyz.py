@@ -225,6 +225,8 @@ def _value(
     raw = (frame.arrays if per_atom else frame.info).get(key)
     if raw is None:
         return None
+    if isinstance(raw, str) and "_" in raw:
+        _refuse(frame, quantity, key, repr(raw))  # Python would read 1_000 as a number
     if isinstance(raw, str) and " " in raw:
         raw = raw.split()  # the parser leaves an array with a "nan" in it as text
     try:
