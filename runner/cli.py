@@ -7,12 +7,15 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runner import __version__
 from runner.errors import InputError
+
+if TYPE_CHECKING:
+    from runner.config import Config
 
 app = typer.Typer(
     help="Train neural network potentials on quantum-chemistry data, from one TOML file.",
@@ -44,15 +47,11 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Build the prepared dataset of an experiment, or find it in the cache."""
-    from runner.config import config_path, load_config
-    from runner.prepare import default_data_dir
-    from runner.prepare import prepare as verb
+    _, config, folder = _open(experiment, settings, data_dir)
+    from runner import prepare as verb
     from runner.terminal import Terminal
 
-    path = config_path(experiment)
-    config = load_config(path, settings or [])
-    result = verb(config, data_dir or default_data_dir(path), Terminal(stderr=as_json))
-    _print_json(result, as_json)
+    _print_json(verb.prepare(config, folder, Terminal(stderr=as_json)), as_json)
 
 
 @app.command(short_help="Train on the prepared dataset.")
@@ -63,14 +62,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train on the prepared dataset of an experiment, into a new run directory."""
-    from runner.config import config_path, load_config
-    from runner.prepare import default_data_dir
+    path, config, folder = _open(experiment, settings, data_dir)
     from runner.terminal import Terminal
     from runner.train import train as verb
 
-    path = config_path(experiment)
-    config = load_config(path, settings or [])
-    folder = data_dir or default_data_dir(path)
     result = verb(config, path, folder, Terminal(stderr=as_json), command=sys.argv)
     _print_json(result, as_json)
 
@@ -83,19 +78,15 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Prepare, then train."""
-    from runner.config import config_path, load_config
-    from runner.prepare import default_data_dir
-    from runner.prepare import prepare as first
+    path, config, folder = _open(experiment, settings, data_dir)
+    from runner import prepare as first
     from runner.terminal import Terminal
     from runner.train import require_train
     from runner.train import train as second
 
-    path = config_path(experiment)
-    config = load_config(path, settings or [])
     require_train(config, path)
-    folder = data_dir or default_data_dir(path)
     terminal = Terminal(stderr=as_json)
-    prepared = first(config, folder, terminal)
+    prepared = first.prepare(config, folder, terminal)
     trained = second(config, path, folder, terminal, command=sys.argv)
     _print_json({"prepare": prepared, "train": trained}, as_json)
 
@@ -107,6 +98,17 @@ def _options(
     if version:
         print(__version__)
         raise typer.Exit
+
+
+def _open(
+    experiment: Path, settings: list[str] | None, data_dir: Path | None
+) -> tuple[Path, Config, Path]:
+    """The config file of an experiment, what it says, and where datasets are kept."""
+    from runner.config import config_path, load_config
+    from runner.prepare import default_data_dir
+
+    path = config_path(experiment)
+    return path, load_config(path, settings or []), data_dir or default_data_dir(path)
 
 
 def _print_json(result: dict[str, Any], wanted: bool) -> None:

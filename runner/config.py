@@ -406,6 +406,7 @@ class TrainerConfig(Section):
     """`[train.trainer]`: handed to `lightning.Trainer`, which documents the keys."""
 
     accelerator: str = "auto"
+    """`"auto"`: a CUDA GPU if there is one, else the CPU."""
     devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = "auto"
     num_nodes: Count = 1
     strategy: str = "auto"

@@ -168,6 +168,8 @@ def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> ligh
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = config.trainer.model_dump()
     settings["devices"] = 1 if settings["devices"] == "auto" else settings["devices"]
+    if settings["accelerator"] == "auto":  # Apple's GPUs have no float64, which exact means need
+        settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
     interactive = sys.stderr.isatty() and terminal.console.is_terminal
     return lightning.Trainer(
         **settings,
@@ -186,7 +188,7 @@ def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> ligh
             EpochLines(terminal, config, to_file=interactive),
         ],
         callbacks=[
-            *([ProgressBar()] if interactive else []),
+            *([ProgressBar(console_kwargs={"stderr": True})] if interactive else []),
             *_checkpoints(run.path / "checkpoints"),
             *_early_stopping(config),
         ],

@@ -270,7 +270,8 @@ def test_a_killed_writer_leaves_nothing_visible_and_the_next_one_clears_up(
         "from molecules import random_structures\nfrom runner.store import write_dataset\n"
         "def die(picture):\n"
         "    picture.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"write_dataset(Path({str(tmp_path / 'x.zarr')!r}), random_structures([2] * 6), {{}}, die)\n"
+        f"path = Path({str(tmp_path / 'x.zarr')!r})\n"
+        f"write_dataset(path, random_structures([2] * 6), {{}}, die)\n"
     ).replace("{}", repr(ATTRIBUTES))
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert killed.returncode == -9, killed.stderr.decode()
