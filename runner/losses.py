@@ -135,9 +135,12 @@ class Loss(nn.Module):
         return {name: term(prediction, batch) for name, term in self.terms.items()}
 
     def total(self, means: Mapping[str, Tensor], epoch: int) -> Tensor:
-        """Weighted sum of the terms' means, with the weights of an epoch, counted from 0."""
-        weighted = [self.config.terms[name].weight_at(epoch) * means[name] for name in self.terms]
-        return torch.stack(weighted).sum()
+        """Weighted sum of the terms' means, with the weights of an epoch, counted from 0.
+
+        NaN of no term at all.
+        """
+        weighted = [self.config.terms[n].weight_at(epoch) * mean for n, mean in means.items()]
+        return torch.stack(weighted).sum() if weighted else torch.tensor(torch.nan)
 
     def forward(
         self, prediction: Mapping[str, Tensor], batch: Batch, epoch: int = 0

@@ -39,8 +39,8 @@ class MeanOfSums(Metric):
         self.count += count
 
     def compute(self) -> Tensor:
-        """Their ratio; 0 of nothing."""
-        return self.total / self.count.clamp(min=1)
+        """Their ratio; NaN of nothing."""
+        return self.total / self.count
 
 
 def create_error_metrics(
@@ -98,14 +98,24 @@ class SplitMetrics(nn.Module):
                 collection.update(predicted, reference)
 
     def compute(self, loss: Loss, epoch: int) -> dict[str, float]:
-        """All values by their names in the logs, `val/energy_mae`; `total_loss` of the means."""
+        """All values by their names in the logs, `val/energy_mae`; `total_loss` of the means.
+
+        What no structure of the split is labelled for is left out.
+        """
         means = {name: self.losses[name].compute()[f"loss/{name}"] for name in self.losses}
+        means = {name: mean for name, mean in means.items() if self._was_labelled(name)}
         values = {f"loss/{name}": mean for name, mean in means.items()}
         values["loss/total_loss"] = loss.total(means, epoch)
         for collection in self.errors.values():
             if any(metric.update_called for metric in collection.values()):
                 values |= collection.compute()
         return {f"{self.split}/{name}": float(value) for name, value in values.items()}
+
+    def _was_labelled(self, name: str) -> bool:
+        """Whether any structure had the label of a term of the loss."""
+        (metric,) = self.losses[name].values()
+        assert isinstance(metric, MeanOfSums)
+        return bool(metric.count > 0)
 
     def reset(self) -> None:
         """Forget what was added."""

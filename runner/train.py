@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from runner import plots
 from runner.config import Config, TrainConfig
 from runner.datamodule import PreparedDataModule
-from runner.errors import ConfigError, DatasetError, RunError
+from runner.errors import ConfigError, DatasetError
 from runner.experiment import RunDirectory
 from runner.fields import LABELS, Field
 from runner.metrics import labelled_components
@@ -100,7 +100,7 @@ def _train(
     module = Training(potential, config, passport(config, dataset))
     trainer = _trainer(config, run, terminal)
     _fit(trainer, module, data)
-    best = _best_epoch(run.path / "metrics.csv")
+    best = _best_epoch(run.path)
     test = _test(trainer, module, data, run, terminal)
     plots.learning_curves(run.path / "learning_curves.png", _curves(run.path / "metrics.csv"))
     return {
@@ -352,18 +352,17 @@ def _rows(metrics: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _best_epoch(metrics: Path) -> dict[str, float | int]:
-    """The validation split's values in the epoch with the lowest total loss."""
-    rows = [row for row in _rows(metrics) if row.get(MONITOR)]
-    if not rows:
-        raise RunError("no epoch was completed", where=str(metrics))
-    best = min(rows, key=lambda row: float(row[MONITOR]))
+def _best_epoch(run: Path) -> dict[str, float | int]:
+    """The validation split's values in the epoch of the best checkpoint."""
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    epoch = int(checkpoint["epoch"])
+    (row,) = (row for row in _rows(run / "metrics.csv") if row["epoch"] == str(epoch))
     values = {
-        name.removeprefix("val/").removeprefix("loss/"): float(value)
-        for name, value in best.items()
-        if value and (name.startswith("val/") and not name.startswith("val/loss/"))
+        name.removeprefix("val/"): float(value)
+        for name, value in row.items()
+        if value and name.startswith("val/") and not name.startswith("val/loss/")
     }
-    return {"epoch": int(best["epoch"]), "total_loss": float(best[MONITOR])} | values
+    return {"epoch": epoch, "total_loss": float(row[MONITOR])} | values
 
 
 def _curves(metrics: Path) -> Mapping[str, Any]:

@@ -88,3 +88,17 @@ def test_sums_of_many_small_errors_keep_their_digits() -> None:
 
 def test_the_config_allows_exactly_the_metrics_there_are() -> None:
     assert set(METRICS) == {"mae", "rmse"}
+
+
+def test_what_no_structure_is_labelled_for_is_left_out() -> None:
+    structures = without(random_structures([2, 3]), "forces", [0, 1])
+    batch = make_batch(structures, 5.0)
+    loss = Loss(LossConfig.model_validate({"energy": {}, "forces": {}}))
+    metrics = SplitMetrics("val", loss, {"energy": ["mae"], "forces": ["mae"]})
+    prediction = {"energy": torch.zeros(2), "forces": torch.zeros(5, 3)}
+    metrics.update(loss.sums(prediction, batch), prediction, batch)
+    values = metrics.compute(loss, 0)
+    assert set(values) == {
+        "val/loss/energy", "val/loss/total_loss", "val/energy_mae", "val/energy_per_atom_mae"
+    }  # fmt: skip
+    assert values["val/loss/total_loss"] == values["val/loss/energy"]
