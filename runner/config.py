@@ -524,7 +524,10 @@ def _read_document(path: Path, extended_by: tuple[Path, ...]) -> Document:
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not valid TOML: {error}", where=str(path)) from None
     base = tables.pop("extends", None)
-    document = Document(tables, {loc: f"{path}:{line}" for loc, line in _lines(text)})
+    document = Document(tables)
+    for location, line in _lines(text):
+        for length in range(1, len(location) + 1):  # [a.b] makes a table a as well
+            document.places.setdefault(location[:length], f"{path}:{line}")
     _resolve_paths(tables, path.parent)
     if base is None:
         return document

@@ -32,7 +32,7 @@ from runner.fields import LABELS, Field
 from runner.metrics import labelled_components
 from runner.potentials import build_potential
 from runner.predictor import Predictor, passport
-from runner.prepare import find_prepared
+from runner.prepare import default_data_dir, find_prepared
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
 from runner.training import MONITOR, Training
@@ -48,7 +48,7 @@ def train(
     """
     started = time.perf_counter()
     settings = require_train(config, config_file)
-    dataset = find_prepared(config, data_dir, f"runner prepare {_experiment(config_file)}")
+    dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir))
     _check_data(settings, dataset)
     run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
     with terminal.log_to(run.path / "log.txt"):
@@ -159,8 +159,12 @@ def _manifest(
     }
 
 
-def _experiment(config_file: Path) -> Path:
-    return config_file.parent if config_file.name == "config.toml" else config_file
+def _prepare_command(config_file: Path, data_dir: Path) -> str:
+    """The command that makes the dataset which a training looks for."""
+    whole = config_file.name == "config.toml"
+    command = f"runner prepare {config_file.parent if whole else config_file}"
+    usual = data_dir == default_data_dir(config_file)
+    return command if usual else f"{command} --data-dir {data_dir}"
 
 
 def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> lightning.Trainer:

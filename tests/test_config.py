@@ -362,3 +362,9 @@ def test_fractions_in_any_order_sum_to_one(tmp_path: Path) -> None:
 def test_a_weight_goes_in_a_straight_line_and_then_stays() -> None:
     down = WeightSchedule(start=4.0, end=1.0, epochs=3)
     assert [down.at(epoch) for epoch in range(6)] == pytest.approx([4, 3, 2, 1, 1, 1])
+
+
+def test_a_table_that_only_its_sub_table_makes_has_a_line(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(GOOD)
+    text = _mistakes(tmp_path, 'extends = "base.toml"\n[train.los.energy]\nweight = 1\n')
+    assert f"{tmp_path / 'config.toml'}:2  train.los\n    unknown key" in text
