@@ -97,6 +97,7 @@ class Training(lightning.LightningModule):
 
     def _refuse_non_finite(self, values: Mapping[str, float], split: str) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
+        bad = [name for name in bad if "/loss/" in name] or bad
         if bad:
             raise RunError(
                 f"{', '.join(bad)} is not a finite number in epoch {self.current_epoch}",

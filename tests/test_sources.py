@@ -156,6 +156,7 @@ def test_a_molecule_in_a_box_is_not_periodic_but_a_crystal_is(tmp_path: Path) ->
         (ONE + ONE.replace("H 0 0 0.7", "X 0 0 0.7"), '"X" is not an element'),
         (ONE + ONE.replace("0.7", "nan"), "a position is not a finite number"),
         (ONE + ONE.replace("0.7", "inf"), "a position is not a finite number"),
+        (ONE + ONE.replace("0.7", "0.0"), "two atoms are at the same place"),
         (ONE + ONE.replace("-1.5", "nan"), 'energy is NaN(.|\n)*add missing = "nan"'),
         (ONE + ONE.replace("-1.5", "inf"), "energy is infinite(.|\n)*remedy"),
         (ONE + ONE.replace("-1.5", "1e999"), "energy is infinite"),

@@ -8,6 +8,7 @@ the lines between them) is read here first, in step with the parser.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +26,7 @@ from runner.structures import Structures
 from runner.units import conversion_factor
 
 CHUNK = 4096  # structures
+_PARSER = threading.Lock()  # it is not made for several threads
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,20 @@ def _frames(path: Path) -> Iterator[_Frame]:
             # integers are kept in 32 bits and wrap round, reals are not
             instead = _retyped(comment, "I", "R") if ":I:" in comment else None
             try:
-                _, info, arrays = cextxyz.read_frame_dicts(file, comment=instead, use_cleri=False)
+                info, arrays = _parse(file, instead)
             except (cextxyz.ExtXYZError, EOFError, ValueError) as error:
                 cextxyz.cfseek(file, start, 0)
                 info, arrays = _with_not_a_number(file, comment, where, error)
             yield _Frame(path, index, line, n_atoms, comment, info, arrays)
     finally:
         cextxyz.cfclose(file)
+
+
+def _parse(file: Any, comment: str | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The next structure's comment line and columns; `comment` stands in for the line."""
+    with _PARSER:
+        _, info, arrays = cextxyz.read_frame_dicts(file, comment=comment, use_cleri=False)
+    return info, arrays
 
 
 def _outline(path: Path) -> Iterator[tuple[int, int, str]]:
@@ -133,7 +142,7 @@ def _with_not_a_number(
     try:
         if as_text == as_reals or "invalid field" not in str(error):
             raise error
-        _, info, arrays = cextxyz.read_frame_dicts(file, comment=as_text, use_cleri=False)
+        info, arrays = _parse(file, as_text)
         reals = re.findall(r"(\w+):R:\d+", _properties(as_reals))
         return info, arrays | {name: arrays[name].astype(np.float64) for name in reals}
     except (cextxyz.ExtXYZError, EOFError, ValueError):

@@ -49,11 +49,17 @@ def check_positions(
     counts: Int64[np.ndarray, " n_structures"],
     where: Where,
 ) -> None:
-    """Refuse positions that are not finite numbers."""
+    """Refuse positions that are not finite numbers, and two atoms at the same place."""
+    owner = np.repeat(np.arange(len(counts)), counts)
     bad = ~np.isfinite(positions).all(axis=1)
     if bad.any():
-        first = int(np.repeat(np.arange(len(counts)), counts)[np.argmax(bad)])
-        raise SourceError("a position is not a finite number", where=where(first))
+        raise SourceError(
+            "a position is not a finite number", where=where(int(owner[np.argmax(bad)]))
+        )
+    places, times = np.unique(np.column_stack([owner, positions]), axis=0, return_counts=True)
+    if (times > 1).any():
+        first = int(places[np.argmax(times > 1), 0])
+        raise SourceError("two atoms are at the same place", where=where(first))
 
 
 def elements_of(
