@@ -44,6 +44,10 @@ def prepare(
     experiment: Experiment,
     settings: Settings = None,
     data_dir: DataDir = None,
+    split_file: Annotated[
+        Path | None,
+        typer.Option(help="Write which structure is in which split, to be used again (JSON)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build the prepared dataset of an experiment, or find it in the cache."""
@@ -51,7 +55,8 @@ def prepare(
     from runner import prepare as verb
     from runner.terminal import Terminal
 
-    _print_json(verb.prepare(config, folder, Terminal(stderr=as_json)), as_json)
+    result = verb.prepare(config, folder, Terminal(stderr=as_json), split_file)
+    _print_json(result, as_json)
 
 
 @app.command(short_help="Train on the prepared dataset.")
@@ -89,6 +94,19 @@ def run(
     prepared = first.prepare(config, folder, terminal)
     trained = second(config, path, folder, terminal, command=sys.argv)
     _print_json({"prepare": prepared, "train": trained}, as_json)
+
+
+@app.command(short_help="Print the JSON schema of the config.")
+def schema(
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print the reference of [prepare], in Markdown.")
+    ] = False,
+) -> None:
+    """Print the JSON schema of an experiment file, for editors."""
+    from runner.config import json_schema
+    from runner.reference import prepare_reference
+
+    print(prepare_reference() if reference else json.dumps(json_schema(), indent=2))
 
 
 @app.callback(invoke_without_command=True)

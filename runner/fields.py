@@ -35,18 +35,25 @@ class Field:
     @property
     def unit_text(self) -> str:
         """The unit as people write it: eV/Å, e·Å."""
-        return self.unit.replace("angstrom", "Å").replace("*", "·")
+        text = self.unit.replace("**2", "²").replace("**3", "³")
+        return text.replace("angstrom", "Å").replace("*", "·")
 
 
 ATOMIC_NUMBERS = Field("atomic_numbers", "atom", (), "", "atomic number Z, stored as uint8")
 POSITIONS = Field("positions", "atom", (3,), "angstrom", "Cartesian coordinates", True)
+CELL = Field(
+    "cell", "structure", (3, 3), "angstrom", "lattice vectors as rows; zero where not periodic"
+)
+PBC = Field("pbc", "structure", (3,), "", "along which lattice vectors it is periodic, bool")
 
 LABELS: dict[str, Field] = {
     field.name: field
     for field in (
         Field("energy", "structure", (), "eV", "total energy; prepared: offset-corrected"),
         Field("forces", "atom", (3,), "eV/angstrom", "−∂E/∂R"),
+        Field("stress", "structure", (3, 3), "eV/angstrom**3", "(1/V) ∂E/∂ε, ASE's sign"),
         Field("total_charge", "structure", (), "e", "charge of the whole structure", True),
+        Field("spin_multiplicity", "structure", (), "", "2S + 1", True),
         Field(
             "dipole",
             "structure",
@@ -54,8 +61,17 @@ LABELS: dict[str, Field] = {
             "e*angstrom",
             "Σ q r about the origin of the positions as given (matters for an ion)",
         ),
+        Field(
+            "quadrupole",
+            "structure",
+            (3, 3),
+            "e*angstrom**2",
+            "Σ q r r about the origin of the positions, traced or traceless as its source declares",
+        ),
         Field("charges", "atom", (), "e", "partial charges", True),
     )
 }
 
-FIELDS: dict[str, Field] = {field.name: field for field in (ATOMIC_NUMBERS, POSITIONS)} | LABELS
+FIELDS: dict[str, Field] = {
+    field.name: field for field in (ATOMIC_NUMBERS, POSITIONS, CELL, PBC)
+} | LABELS

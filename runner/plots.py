@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from runner.fields import LABELS
-from runner.structures import Structures
 
 BLUE, ORANGE, GREY = "#3b6ea5", "#d9822b", "#8a8a8a"
 TITLES = {"energy": "energy without self-energies"}
 POINTS = 20_000  # of a scatter plot at most; a random sample of more looks the same
 
 
-def self_energies(
-    path: Path, total: np.ndarray, corrected: Structures, formulas: Sequence[str]
-) -> None:
+def self_energies(total: np.ndarray, corrected: np.ndarray, formulas: Sequence[str]) -> Figure:
     """Energies before and after the subtraction, and what is left of each composition.
 
     Args:
-        path: the PNG file.
         total: total energies, eV.
-        corrected: the same structures, offset-corrected.
+        corrected: energies of the same structures, offset-corrected, eV.
         formulas: composition of each structure.
     """
     figure = Figure(figsize=(12, 7), layout="constrained")
     top = figure.subplot_mosaic("ab;cc", height_ratios=[1, 1.2])
-    after = corrected.structures.get("energy", np.full(len(corrected), np.nan))
     _histogram(top["a"], total, "total energy, eV", ORANGE, "before")
-    _histogram(top["b"], after, "energy without self-energies, eV", BLUE, "after")
-    _by_composition(top["c"], after, formulas)
+    _histogram(top["b"], corrected, "energy without self-energies, eV", BLUE, "after")
+    _by_composition(top["c"], corrected, formulas)
+    return figure
+
+
+def standard_errors(errors: Mapping[str, float]) -> Figure:
+    """How well each self-energy is determined.
+
+    Args:
+        errors: standard error of each element, eV.
+    """
+    figure = Figure(figsize=(12, 0.9 + 0.32 * len(errors)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(errors)), list(errors.values()), color=BLUE, height=0.6)
+    axes.set_yticks(range(len(errors)), list(errors))
+    axes.invert_yaxis()
+    axes.set(xlabel="standard error of the self-energy, eV")
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file."""
     figure.savefig(path, dpi=120, format="png")
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG: the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "runner"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def _histogram(axes: Axes, energies: np.ndarray, label: str, color: str, title: str) -> None:

@@ -19,6 +19,7 @@ from runner.self_energies import (
     check_covered,
     compositions,
     sum_of_self_energies,
+    values_by_column,
 )
 from runner.store import PreparedDataset
 from runner.structures import Structures
@@ -29,12 +30,16 @@ CHECKPOINT_VERSION = 1
 def passport(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
     """What has to travel with the weights for them to be of use: plain data only."""
     attributes = dataset.attributes
+    levels = attributes["levels"]
+    by_level = attributes.get("self_energies_by_level", {levels[0]: attributes["self_energies"]})
+    values = values_by_column(by_level, levels)
+    fit = SelfEnergyFit(values=values, **attributes["fit"]).of_level(levels[0], levels)
     return {
         "checkpoint_version": CHECKPOINT_VERSION,
         "potential": config.potential.model_dump(mode="json"),
         "quantities": sorted({*config.loss.terms, *config.measured}),
-        "self_energies": attributes["self_energies"],
-        "fit": attributes["fit"],
+        "self_energies": fit.values,
+        "fit": fit.certificate(),
         "statistics": attributes["statistics"],
         "units": attributes["units"],
         "elements": attributes["elements"],

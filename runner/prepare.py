@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,30 +16,46 @@ from rich.console import RenderableType
 from runner import sources
 from runner.config import Config, PrepareConfig
 from runner.errors import DatasetError
-from runner.fields import ATOMIC_NUMBERS, LABELS, POSITIONS
+from runner.fields import FIELDS, LABELS
+from runner.filters import blocks_of, dropped_structures, first_of_duplicates
 from runner.self_energies import (
     SelfEnergyFit,
     check_covered,
+    columns_by_level,
     compositions,
     determine_self_energies,
     formulas,
+    isolated_atoms,
     sum_of_self_energies,
+    values_by_column,
+    values_of_level,
 )
-from runner.splits import SPLITS, split_structures
+from runner.splits import SPLITS, Origin, hash_split_files, split_structures, write_split
 from runner.store import (
     SCHEMA_VERSION,
     PreparedDataset,
     dataset_path,
     fingerprint,
+    scratch,
     why_not_reused,
     write_dataset,
 )
-from runner.structures import Structures
+from runner.structures import Structures, ragged_rows
 from runner.terminal import Terminal, table
 
+EXAMPLES = 5  # structures that are named of those that were dropped, or are duplicates
 
-def prepare(config: Config, data_dir: Path, terminal: Terminal) -> dict[str, Any]:
+
+def prepare(
+    config: Config, data_dir: Path, terminal: Terminal, split_file: Path | None = None
+) -> dict[str, Any]:
     """Build the prepared dataset of an experiment, or find it in the cache.
+
+    Args:
+        config: the experiment.
+        data_dir: folder of the prepared datasets.
+        terminal: where it is accounted for.
+        split_file: where to write which structure is in which split, if anywhere.
 
     Returns:
         What `runner prepare --json` prints.
@@ -52,8 +69,11 @@ def prepare(config: Config, data_dir: Path, terminal: Terminal) -> dict[str, Any
         _build(request)
     dataset = PreparedDataset(request.path)
     terminal.say(*account(dataset, reused))
-    warning = SelfEnergyFit(values={}, **dataset.attributes["fit"]).warning()
-    if warning:
+    if split_file is not None:
+        names = [source["name"] for source in dataset.attributes["sources"]]
+        write_split(split_file, names, {name: dataset.origins(name) for name in SPLITS})
+        terminal.say(f"split: {split_file}")
+    for warning in dataset.attributes["warnings"]:
         terminal.warn(warning)
     return summary(dataset, reused, time.perf_counter() - started)
 
@@ -73,11 +93,13 @@ class Request:
 
     @property
     def hashes(self) -> list[list[str]]:
-        """SHA-256 of the files of each source."""
-        return [
+        """SHA-256 of the files of each source, and of those that say the split."""
+        of_sources = [
             [file.sha256 for file in self.files if file.section == section]
             for section in range(len(self.config.source))
         ]
+        of_split = hash_split_files(self.config.split)
+        return [*of_sources, of_split] if of_split else of_sources
 
     @property
     def fingerprint(self) -> str:
@@ -118,76 +140,196 @@ def default_data_dir(config_file: Path) -> Path:
 
 
 def _build(request: Request) -> None:
-    """Read, split, fit, subtract, write."""
+    """Read, filter, split, fit, subtract, write."""
     config = request.config
-    group_key = None if config.split.group_by in ("formula", "source") else config.split.group_by
-    structures = sources.read(request.files, config.source, group_key)
-    splits = split_structures(len(structures), config.split, _groups(structures, config))
-    fit = _fit(config, structures.take(splits["train"]))
-    for name, indices in splits.items():
-        part = structures.take(indices)
-        check_covered(fit, *_composition(part), _namer(part, request, name))
-    chosen = structures.take(np.concatenate([splits[name] for name in SPLITS]))
-    corrected = subtract_self_energies(chosen, fit)
-    attributes = {
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": request.fingerprint,
-        "prepare": request.table,
-        "files": request.hashes,
-        "sources": [file.attributes() for file in request.files],
-        "elements": _composition(chosen)[0],
-        "units": {f.name: f.unit for f in (ATOMIC_NUMBERS, POSITIONS, *LABELS.values())},
-        "splits": _ranges(splits),
-        "unused": len(structures) - len(chosen),
-        "self_energies": fit.values,
-        "fit": fit.certificate(),
-        "statistics": statistics(corrected, n_train=len(splits["train"])),
-        "energy_range": energy_range(chosen, corrected),
+    with scratch(request.folder) as folder:
+        structures = sources.read(request.files, config.source, _group_key(config), folder)
+        pool = Pool.of(structures, config, request.files)
+        dropped = _dropped(pool, config)
+        splits = _split(pool, request, dropped)
+        fit = _fit(pool, config, splits["train"])
+        for name, indices in splits.items():
+            check_covered(
+                fit, pool.columns, pool.wide[indices], _namer(pool, request, name, indices)
+            )
+        order = np.concatenate([splits[name] for name in SPLITS])
+        offsets = np.full(len(structures), np.nan)
+        offsets[order] = sum_of_self_energies(fit.values, pool.columns, pool.wide[order])
+        corrected = pool.with_energies(pool.energies - offsets, len(config.levels))
+        names = formulas(pool.elements, pool.composition[order])
+        before, after = pool.energies[order], (pool.energies - offsets)[order]
+        duplicates = _duplicates(pool, splits)
+        attributes = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": request.fingerprint,
+            "prepare": request.table,
+            "files": request.hashes,
+            "sources": [file.attributes() for file in request.files],
+            "elements": [
+                s for s, n in zip(pool.elements, pool.composition[order].sum(0), strict=True) if n
+            ],
+            "units": {f.name: f.unit for f in FIELDS.values()},
+            "splits": _ranges(splits),
+            "dropped": {reason: _with_examples(pool, rows) for reason, rows in dropped.items()},
+            "unused": len(structures) - len(order) - sum(map(len, dropped.values())),
+            "levels": config.levels,
+            **_self_energy_attributes(fit, pool, config.levels, splits["train"]),
+            "statistics": statistics(corrected, order, n_train=len(splits["train"]))
+            | {"coverage_by_source": _coverage_by_section(pool, request, order)},
+            "energy_range": energy_range(before, after, pool.composition[order]),
+            "duplicates": duplicates,
+        }
+        attributes["warnings"] = _warnings(pool, request, fit, duplicates)
+        write_dataset(
+            request.path,
+            corrected,
+            attributes,
+            lambda path: _draw(path, before, after, names),
+            order=order,
+            pages={"self_energies.html": _certificate(attributes, before, after, names)},
+        )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All structures that were read, with what is asked of them again and again.
+
+    Attributes:
+        structures: in the order of the sources.
+        elements: symbols of all elements.
+        composition: (n_structures, n_elements), atoms of each.
+        energies: (n_structures,), eV, total; NaN where a structure has none.
+        level: (n_structures,), number of each structure's level of theory.
+        columns: what has a self-energy: the elements, or the elements at each level.
+        wide: (n_structures, n_columns), the composition over `columns`.
+    """
+
+    structures: Structures
+    elements: list[str]
+    composition: np.ndarray
+    energies: np.ndarray
+    level: np.ndarray
+    columns: list[str]
+    wide: np.ndarray
+
+    @classmethod
+    def of(cls, structures: Structures, config: PrepareConfig, files: Sequence[Any]) -> Pool:
+        """What a reading of the sources gave."""
+        elements, composition = compositions(
+            structures.first_atom, structures.atoms["atomic_numbers"]
+        )
+        number = {name: index for index, name in enumerate(config.levels)}
+        of_file = [number.get(config.source[f.section].level_of_theory or "", 0) for f in files]
+        level = np.array(of_file, np.int64)[structures.structures["source"]]
+        columns, wide = columns_by_level(elements, composition, level, config.levels)
+        energies = structures.structures.get("energy", np.full(len(structures), np.nan))
+        return cls(structures, elements, composition, np.asarray(energies), level, columns, wide)
+
+    def with_energies(self, energies: np.ndarray, n_levels: int) -> Structures:
+        """The structures with other energies, where they have any."""
+        arrays = dict(self.structures.structures)
+        if "energy" in arrays:
+            arrays["energy"] = energies
+        if n_levels > 1:
+            arrays["level"] = self.level.astype(np.int16)
+        return replace(self.structures, structures=arrays)
+
+    def origin(self, index: int) -> list[int]:
+        """[file, structure in it] of one structure."""
+        arrays = self.structures.structures
+        return [int(arrays["source"][index]), int(arrays["source_index"][index])]
+
+
+def _group_key(config: PrepareConfig) -> str | None:
+    """The key of the files that names groups, if they are to be read from there."""
+    by = config.split.group_by
+    return None if by in ("formula", "source") else by
+
+
+def _dropped(pool: Pool, config: PrepareConfig) -> dict[str, np.ndarray]:
+    """Structures that filters, or their use as isolated atoms, keep out of the splits."""
+    dropped = dropped_structures(pool.structures, config.filter, pool.elements, pool.composition)
+    if config.self_energies.method == "isolated_atoms":
+        gone = np.concatenate([*dropped.values(), np.zeros(0, np.int64)])
+        single = np.setdiff1d(np.flatnonzero(pool.composition.sum(axis=1) == 1), gone)
+        if len(single):
+            dropped["isolated atoms, used for the self-energies"] = single
+    return dropped
+
+
+def _split(pool: Pool, request: Request, dropped: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Numbers of the structures of each split, none of them dropped."""
+    config, arrays = request.config, pool.structures.structures
+    kept = np.ones(len(pool.structures), bool)
+    for rows in dropped.values():
+        kept[rows] = False
+    rows = np.flatnonzero(kept)
+    if not len(rows):
+        raise DatasetError(
+            "the filters drop every structure: "
+            + "; ".join(f"{len(gone)} with {reason}" for reason, gone in dropped.items()),
+            where="prepare.filter",
+            remedy="loosen them",
+        )
+    of_file = [config.source[file.section].split for file in request.files]
+    pinned = [of_file[number] for number in arrays["source"][rows]] if any(of_file) else None
+    lengths = np.bincount(arrays["source"], minlength=len(request.files))
+    origin = Origin(
+        np.asarray(arrays["source"][rows], np.int64),
+        np.asarray(arrays["source_index"][rows]),
+        lengths.tolist(),
+    )
+    groups = _groups(pool, config)
+    chosen = None if groups is None else [groups[row] for row in rows.tolist()]
+    splits = split_structures(len(rows), config.split, chosen, pinned, origin)
+    return {name: rows[indices] for name, indices in splits.items()}
+
+
+def _fit(pool: Pool, config: PrepareConfig, train: np.ndarray) -> SelfEnergyFit:
+    """The self-energies, from the training split or from isolated atoms."""
+    seen = pool.wide[train].any(axis=0)
+    atoms = None
+    if config.self_energies.method == "isolated_atoms":
+        charge = pool.structures.structures.get("total_charge", np.zeros(len(pool.energies)))
+        neutral = ~(np.abs(charge) > 1e-6)
+        atoms = isolated_atoms(pool.wide[neutral], pool.energies[neutral], pool.columns)
+        seen = pool.wide.any(axis=0)
+    return determine_self_energies(
+        config.self_energies,
+        pool.wide[train][:, seen],
+        pool.energies[train],
+        [name for name, here in zip(pool.columns, seen, strict=True) if here],
+        config.levels,
+        atoms,
+    )
+
+
+def _self_energy_attributes(
+    fit: SelfEnergyFit, pool: Pool, levels: Sequence[str], train: np.ndarray
+) -> dict[str, Any]:
+    """Self-energies and certificate; with several levels those of the first are the potential's."""
+    certificate = fit.certificate()
+    outliers = []
+    for outlier in certificate["outliers"]:
+        source, index = pool.origin(int(train[outlier["index"]]))
+        outliers.append({"source": source, "source_index": index, "residual": outlier["residual"]})
+    found: dict[str, Any] = {
+        "self_energies": values_of_level(fit.values, levels[0], levels),
+        "fit": certificate | {"outliers": outliers},
     }
-    write_dataset(request.path, corrected, attributes, _picture(chosen, corrected))
+    if len(levels) > 1:
+        found["self_energies_by_level"] = {
+            level: values_of_level(fit.values, level, levels) for level in levels
+        }
+    return found
 
 
-def _composition(structures: Structures) -> tuple[list[str], np.ndarray]:
-    return compositions(structures.first_atom, structures.atoms["atomic_numbers"])
-
-
-def _energies(structures: Structures) -> np.ndarray:
-    """Energies; all NaN where no source has any."""
-    return structures.structures.get("energy", np.full(len(structures), np.nan))
-
-
-def _fit(config: PrepareConfig, train: Structures) -> SelfEnergyFit:
-    elements, composition = _composition(train)
-    return determine_self_energies(config.self_energies, composition, _energies(train), elements)
-
-
-def subtract_self_energies(structures: Structures, fit: SelfEnergyFit) -> Structures:
-    """The same structures with offset-corrected energies, in float64."""
-    if "energy" not in structures.structures:
-        return structures
-    offsets = sum_of_self_energies(fit.values, *_composition(structures))
-    corrected = structures.structures | {"energy": _energies(structures) - offsets}
-    return replace(structures, structures=corrected)
-
-
-def _picture(total: Structures, corrected: Structures) -> Callable[[Path], None]:
-    """Draws the energies before and after the subtraction."""
-
-    def draw(path: Path) -> None:
-        from runner import plots  # late: matplotlib is slow to import, and seldom needed
-
-        names = formulas(*_composition(total))
-        plots.self_energies(path, _energies(total), corrected, names)
-
-    return draw
-
-
-def _groups(structures: Structures, config: PrepareConfig) -> Sequence[str] | None:
+def _groups(pool: Pool, config: PrepareConfig) -> Sequence[str] | None:
     if config.split.group_by == "formula":
-        return formulas(*_composition(structures))
+        return formulas(pool.elements, pool.composition)
     if config.split.group_by == "source":
-        return [str(number) for number in structures.structures["source"]]
-    return structures.group
+        return [str(number) for number in pool.structures.structures["source"]]
+    return pool.structures.group
 
 
 def _ranges(splits: dict[str, np.ndarray]) -> dict[str, list[int]]:
@@ -195,62 +337,174 @@ def _ranges(splits: dict[str, np.ndarray]) -> dict[str, list[int]]:
     return {name: [bounds[i], bounds[i + 1]] for i, name in enumerate(SPLITS)}
 
 
-def _namer(structures: Structures, request: Request, split: str) -> Callable[[int], str]:
+def _namer(pool: Pool, request: Request, split: str, indices: np.ndarray) -> Callable[[int], str]:
     """Says of a structure of a split where it came from."""
 
     def name(number: int) -> str:
-        file = request.files[structures.structures["source"][number]].path
-        index = structures.structures["source_index"][number]
-        return f"{file}, structure {index} (counted from 0), in the {split} split"
+        source, index = pool.origin(int(indices[number]))
+        path = request.files[source].path
+        return f"{path}, structure {index} (counted from 0), in the {split} split"
 
     return name
 
 
-def statistics(structures: Structures, n_train: int) -> dict[str, Any]:
+def _with_examples(pool: Pool, rows: np.ndarray) -> dict[str, Any]:
+    """How many structures, and where the first of them came from."""
+    return {"count": len(rows), "examples": [pool.origin(int(row)) for row in rows[:EXAMPLES]]}
+
+
+def _duplicates(pool: Pool, splits: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Structures that are there more than once, and those that are in two splits."""
+    order = np.concatenate([splits[name] for name in SPLITS])
+    split_of = np.repeat(np.arange(len(SPLITS)), [len(splits[name]) for name in SPLITS])
+    first = first_of_duplicates(pool.structures, order, pool.composition)
+    again = np.flatnonzero(first != np.arange(len(order)))
+    across: dict[str, Any] = {}
+    for one, other in itertools.combinations(range(len(SPLITS)), 2):
+        held_out = again[(split_of[again] == other) & (split_of[first[again]] == one)]
+        if len(held_out):
+            across[f"{SPLITS[one]}/{SPLITS[other]}"] = {
+                "count": len(held_out),
+                "examples": [
+                    [pool.origin(int(order[first[row]])), pool.origin(int(order[row]))]
+                    for row in held_out[:EXAMPLES]
+                ],
+            }
+    return {"structures": len(again), "across_splits": across}
+
+
+def _coverage_by_section(pool: Pool, request: Request, order: np.ndarray) -> list[dict[str, int]]:
+    """How many of the stored structures of each source have each label."""
+    of_file = np.array([file.section for file in request.files])
+    section = of_file[pool.structures.structures["source"]][order]
+    result = []
+    for number in range(len(request.config.source)):
+        here = order[section == number]
+        has = {
+            name: _labelled(pool.structures, name) for name in request.config.source[number].labels
+        }
+        result.append(
+            {"structures": len(here)} | {name: int(rows[here].sum()) for name, rows in has.items()}
+        )
+    return result
+
+
+def _warnings(
+    pool: Pool, request: Request, fit: SelfEnergyFit, duplicates: dict[str, Any]
+) -> list[str]:
+    """What a person should look at before trusting the dataset."""
+    found = [fit.warning()]
+    found += [_of_zeros(pool, request, number) for number in range(len(request.config.source))]
+    for pair, entry in duplicates["across_splits"].items():
+        (source, index), (other_source, other) = entry["examples"][0]
+        one, two = pair.split("/")
+        names = [request.files[number].path.name for number in (source, other_source)]
+        found.append(
+            f"{entry['count']} structures of the {two} split are duplicates of structures of the "
+            f"{one} split (same composition, distances and energy), such as {names[1]} structure "
+            f"{other} of {names[0]} structure {index}: errors on that split will look too small. "
+            'Write [prepare.filter] duplicates = "drop", or split by groups.'
+        )
+    if len(request.config.levels) > 1:
+        found.append(
+            f"the sources are of {len(request.config.levels)} levels of theory, each with "
+            f"self-energies of its own; the potential predicts energies at the first, "
+            f"{request.config.levels[0]}."
+        )
+    return list(filter(None, found))
+
+
+def _of_zeros(pool: Pool, request: Request, section: int) -> str:
+    """Asks about labels of one source that are zero throughout, as programs write what they do not
+    compute; of charges of neutral molecules that is what they are."""
+    files = [number for number, file in enumerate(request.files) if file.section == section]
+    here = np.isin(pool.structures.structures["source"], files)
+    zero = []
+    for name, label in request.config.source[section].labels.items():
+        if label.key is None or name == "total_charge":
+            continue
+        field, arrays = LABELS[name], pool.structures.structures
+        mask = np.repeat(here, np.diff(pool.structures.first_atom)) if field.per == "atom" else here
+        values = (pool.structures.atoms if field.per == "atom" else arrays)[name][mask]
+        if not np.any(np.nan_to_num(values)):
+            zero.append(f'{name} (key "{label.key}")')
+    if not zero:
+        return ""
+    return (
+        f"{', '.join(zero)} of {request.files[files[0]].path.name} is zero in every structure. Is "
+        "it a label? If it was never computed, take it out of the source: it would be learnt as "
+        "zero."
+    )
+
+
+def _labelled(structures: Structures, name: str) -> np.ndarray:
+    """Which structures have a label, all of its components."""
+    if LABELS[name].per == "structure":
+        values = structures.structures[name]
+        known: np.ndarray = np.isfinite(values.reshape(len(structures), -1)).all(axis=1)
+        return known
+    labelled = np.empty(len(structures), bool)
+    for start, stop in blocks_of(np.diff(structures.first_atom)):
+        first = structures.first_atom[start:stop]
+        rows = structures.atoms[name][first[0] : structures.first_atom[stop]]
+        finite = np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
+        labelled[start:stop] = np.logical_and.reduceat(finite, first - first[0])
+    return labelled
+
+
+def statistics(structures: Structures, order: np.ndarray, n_train: int) -> dict[str, Any]:
     """Label coverage of all structures, and scales of the labels in the training split.
 
     Args:
-        structures: prepared, the training split first.
+        structures: with offset-corrected energies.
+        order: those that are stored, the training split first.
         n_train: structures of the training split.
     """
-    coverage = {}
-    for name, field in LABELS.items():
-        if field.per == "structure" and name in structures.structures:
-            labelled = np.isfinite(structures.structures[name].reshape(len(structures), -1))
-            coverage[name] = int(labelled.all(axis=1).sum())
-        elif field.per == "atom" and name in structures.atoms:
-            labelled = np.isfinite(structures.atoms[name].reshape(structures.n_atoms, -1))
-            per_structure = np.logical_and.reduceat(
-                labelled.all(axis=1), structures.first_atom[:-1]
-            )
-            coverage[name] = int(per_structure.sum())
-    n_atoms = int(structures.first_atom[n_train])
-    train: dict[str, Any] = {"n_structures": n_train, "n_atoms": n_atoms}
-    per_atom = _energies(structures)[:n_train] / np.diff(structures.first_atom)[:n_train]
+    coverage = {
+        name: int(_labelled(structures, name)[order].sum())
+        for name in LABELS
+        if name in (structures.structures | structures.atoms)
+    }
+    counts, chosen = np.diff(structures.first_atom), order[:n_train]
+    train: dict[str, Any] = {"n_structures": n_train, "n_atoms": int(counts[chosen].sum())}
+    energies = structures.structures.get("energy", np.full(len(structures), np.nan))
+    per_atom = energies[chosen] / counts[chosen]
     per_atom = per_atom[np.isfinite(per_atom)]
-    forces = structures.atoms.get("forces", np.zeros((0, 3)))[:n_atoms]
-    forces = forces[np.isfinite(forces)]
     train["energy_per_atom_mean"] = float(per_atom.mean()) if len(per_atom) else None
     train["energy_per_atom_std"] = float(per_atom.std()) if len(per_atom) else None
-    train["forces_rms"] = float(np.sqrt((forces**2).mean())) if len(forces) else None
+    train["forces_rms"] = _forces_rms(structures, chosen)
     return {"coverage": coverage, "train": train}
 
 
-def energy_range(total: Structures, corrected: Structures) -> dict[str, Any] | None:
+def _forces_rms(structures: Structures, chosen: np.ndarray) -> float | None:
+    """Root mean square component of the forces, eV/Å; None where there are none."""
+    total, n = 0.0, 0
+    if "forces" in structures.atoms:
+        for start, stop in blocks_of(np.diff(structures.first_atom)[chosen]):
+            rows = ragged_rows(structures.first_atom, chosen[start:stop])
+            forces = structures.atoms["forces"][rows]
+            finite = forces[np.isfinite(forces)]
+            total, n = total + float(finite @ finite), n + finite.size
+    return float(np.sqrt(total / n)) if n else None
+
+
+def energy_range(
+    total: np.ndarray, corrected: np.ndarray, composition: np.ndarray
+) -> dict[str, Any] | None:
     """Energies before and after the subtraction, eV, and what float32 would make of both.
 
     Args:
-        total: structures with their total energies.
-        corrected: the same structures, offset-corrected.
+        total: (n_structures,) total energies.
+        corrected: (n_structures,) the same, offset-corrected.
+        composition: (n_structures, n_elements).
 
     Returns:
         `before` and `after`: `min`, `max`, `float32_spacing` (at the largest magnitude) and
         `width` (the largest E_max − E_min over structures of one composition, which the
         subtraction must not change). None where there are no energies.
     """
-    if not np.isfinite(_energies(total)).any():
+    if not np.isfinite(total).any():
         return None
-    _, composition = _composition(total)
     owner = np.unique(composition, axis=0, return_inverse=True)[1].ravel()
 
     def of(energies: np.ndarray) -> dict[str, float]:
@@ -267,7 +521,22 @@ def energy_range(total: Structures, corrected: Structures) -> dict[str, Any] | N
             "float32_spacing": float(np.spacing(np.float32(largest))),
         }
 
-    return {"before": of(_energies(total)), "after": of(_energies(corrected))}
+    return {"before": of(total), "after": of(corrected)}
+
+
+def _draw(path: Path, before: np.ndarray, after: np.ndarray, names: Sequence[str]) -> None:
+    """The energies before and after the subtraction, as a picture."""
+    from runner import plots  # late: matplotlib is slow to import, and seldom needed
+
+    plots.save_png(plots.self_energies(before, after, names), path)
+
+
+def _certificate(
+    attributes: dict[str, Any], before: np.ndarray, after: np.ndarray, names: Sequence[str]
+) -> str:
+    from runner.certificate import self_energies_html  # late: the same
+
+    return self_energies_html(attributes, before, after, names)
 
 
 def _say_why(request: Request, terminal: Terminal) -> None:
@@ -289,47 +558,67 @@ def account(dataset: PreparedDataset, reused: bool) -> list[RenderableType]:
         f"{'reused' if reused else 'prepared'} {dataset.path}",
         f"{total} structures: " + ", ".join(f"{name} {n}" for name, n in splits.items()),
     ]
+    for reason, entry in attributes["dropped"].items():
+        lines.append(f"dropped {entry['count']}: {reason} ({_examples(attributes, entry)})")
     if attributes["unused"]:
         lines.append(f"{attributes['unused']} structures are in no split")
-    coverage = attributes["statistics"]["coverage"]
-    lines.append(
-        "labels: "
-        + ", ".join(
-            f"{name} {n}" + ("" if n == total else f" ({100 * n / total:.1f} %)")
-            for name, n in coverage.items()
+    lines.append("labels: " + _coverage(attributes["statistics"]["coverage"], total))
+    by_source = attributes["statistics"]["coverage_by_source"]
+    for number, coverage in enumerate(by_source if len(by_source) > 1 else []):
+        files = [s["name"] for s in attributes["sources"] if s["section"] == number]
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        labels = {name: n for name, n in coverage.items() if name != "structures"}
+        lines.append(
+            f"  {files[0]}{more}, {coverage['structures']} structures: "
+            + _coverage(labels, coverage["structures"])
         )
-    )
+    again = attributes["duplicates"]["structures"]
+    if again:
+        lines.append(f"{again} structures are duplicates of others")
     return [
         *lines,
         "",
         *_self_energy_account(attributes),
         "",
         f"picture: {dataset.path.with_suffix('.png')}",
+        f"certificate: {dataset.path / 'self_energies.html'}",
     ]
 
 
+def _examples(attributes: dict[str, Any], entry: dict[str, Any]) -> str:
+    """`such as water.xyz 17, 23`."""
+    names = [source["name"] for source in attributes["sources"]]
+    return "such as " + ", ".join(f"{names[s]} structure {i}" for s, i in entry["examples"][:3])
+
+
+def _coverage(counts: dict[str, int], total: int) -> str:
+    return ", ".join(
+        f"{name} {n}" + ("" if n == total else f" ({100 * n / max(total, 1):.1f} %)")
+        for name, n in counts.items()
+    )
+
+
 def _self_energy_account(attributes: dict[str, Any]) -> list[RenderableType]:
-    fit, values = attributes["fit"], attributes["self_energies"]
+    fit, levels = attributes["fit"], attributes["levels"]
+    by_level = attributes.get("self_energies_by_level", {levels[0]: attributes["self_energies"]})
+    values = values_by_column(by_level, levels)
     errors, counts = fit["standard_errors"], fit["counts"]
 
     def error(symbol: str) -> str:
         if symbol not in errors:
-            return "given" if fit["method"] != "none" else "none"
+            without = {"fit": "given", "isolated_atoms": "isolated atom"}
+            return without.get(fit["method"], str(fit["method"]))
         return "undetermined" if errors[symbol] is None else f"± {errors[symbol]:.4f}"
 
     rows = [
-        (symbol, f"{value:.6f}", error(symbol), f"{counts.get(symbol, 0)}")
+        (symbol, f"{value:.6f}", error(symbol), f"{counts[symbol]}" if symbol in counts else "")
         for symbol, value in values.items()
     ]
     columns = ("element", "self-energy, eV", "standard error", "atoms seen")
-    lines: list[RenderableType] = [table("Self-energies, from the training split", columns, rows)]
+    where = ", from the training split" if fit["method"] == "fit" else ""
+    lines: list[RenderableType] = [table(f"Self-energies{where}", columns, rows)]
     if fit["method"] == "fit":
-        lines += [
-            "",
-            f"spread of the energy: {fit['rmse_before']:.4f} eV before, {fit['rmse_after']:.4f} eV "
-            f"after; {fit['n_compositions']} compositions, rank {fit['rank']} of "
-            f"{fit['n_elements']} elements, condition number {fit['condition_number']:.3g}",
-        ]
+        lines += ["", *_fit_account(fit, attributes)]
     if attributes["energy_range"]:
         spans = attributes["energy_range"]
         span_rows = [
@@ -350,6 +639,35 @@ def _self_energy_account(attributes: dict[str, Any]) -> list[RenderableType]:
             "float32 step, meV",
         )
         lines += ["", table("Energies before and after the subtraction", span_columns, span_rows)]
+    return lines
+
+
+def _fit_account(fit: dict[str, Any], attributes: dict[str, Any]) -> list[str]:
+    """What the certificate says, in some lines."""
+    condition = fit["condition_number"]
+    lines = [
+        f"spread of the energy: {fit['rmse_before']:.4f} eV before, {fit['rmse_after']:.4f} eV "
+        f"after; {fit['n_compositions']} compositions, rank {fit['rank']} of "
+        f"{fit['n_elements']} elements"
+        + (f", condition number {condition:.3g}" if condition is not None else "")
+    ]
+    left_out = fit["leave_one_composition_out"]
+    if left_out["rmse"] is not None:
+        lines.append(
+            f"a composition that the fit has not seen is off by {left_out['rmse']:.4f} eV (rmse of "
+            f"leaving out each of {left_out['n_compositions']} in turn)"
+        )
+    worst = ", ".join(
+        f"{w['formula']} {w['mean_residual']:+.3f} eV" for w in fit["worst_compositions"][:3]
+    )
+    lines.append(f"furthest from their composition's sum: {worst}")
+    if fit["n_outliers"]:
+        names = [source["name"] for source in attributes["sources"]]
+        listed = ", ".join(
+            f"{names[o['source']]} structure {o['source_index']} ({o['residual']:+.3f} eV)"
+            for o in fit["outliers"][:5]
+        )
+        lines.append(f"outliers of the Huber fit: {fit['n_outliers']}, the worst {listed}")
     return lines
 
 

@@ -7,7 +7,7 @@ subtracted is small enough for a float32 network to learn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from runner.config import SelfEnergiesConfig
 from runner.errors import SelfEnergyError
 
 ROW_SPACE_TOLERANCE = 1e-8  # of a composition's length: how much of it may lie outside
+SMALLEST_SCALE = 1e-6  # eV; residuals below it are no more than what energies are written with
+MOST_COMPOSITIONS = 20  # listed as fitted worst
+MOST_OUTLIERS = 200  # listed by number
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,10 @@ class SelfEnergyFit:
     """Self-energies, and what is known of how well the data determines them.
 
     Attributes:
-        method: fit, given or none.
-        values: self-energy of each element, eV.
+        method: fit, given, isolated_atoms or none.
+        values: self-energy of each element, eV; with several levels of theory, of each element at
+            each level, as `columns_by_level` names them.
+        fit_method: least_squares or huber.
         n_structures: structures with an energy that the fit saw.
         n_compositions: distinct compositions among them.
         rank: of their composition matrix, over the elements that were fitted.
@@ -39,12 +44,22 @@ class SelfEnergyFit:
         counts: atoms of each element that the fit saw.
         undetermined: combinations that may be added to the self-energies without changing the
             energy of any composition that was seen: {symbol: coefficient} each.
+        determined: where there are such, the shortest combinations that the data does fix.
+        worst_compositions: those whose mean energy is furthest off, with their formula, number of
+            structures, mean residual and root mean square residual, eV.
+        leave_one_composition_out: how far off the mean energy of a composition is when the fit has
+            not seen it, eV (`rmse` over the compositions that the others determine, and how many
+            those are; `not_determined` are the others).
+        outliers: structures beyond the Huber fit's threshold, worst first, by their number among
+            those fitted, with their residual, eV.
+        n_outliers: how many there are; `outliers` lists the worst of them.
         row_space: orthonormal basis of the compositions that the fit covers, over `elements`.
         elements: symbols of all elements that have a value, the order of the columns.
     """
 
     method: str
     values: dict[str, float]
+    fit_method: str | None = None
     n_structures: int = 0
     n_compositions: int = 0
     rank: int = 0
@@ -55,6 +70,11 @@ class SelfEnergyFit:
     standard_errors: dict[str, float | None] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     undetermined: list[dict[str, int]] = field(default_factory=list)
+    determined: list[dict[str, int]] = field(default_factory=list)
+    worst_compositions: list[dict[str, Any]] = field(default_factory=list)
+    leave_one_composition_out: dict[str, Any] | None = None
+    outliers: list[dict[str, Any]] = field(default_factory=list)
+    n_outliers: int = 0
     row_space: list[list[float]] = field(default_factory=list)
     elements: list[str] = field(default_factory=list)
 
@@ -62,23 +82,47 @@ class SelfEnergyFit:
         """All but the values: the `fit` of a prepared dataset."""
         return {name: value for name, value in vars(self).items() if name != "values"}
 
+    def of_level(self, level: str, levels: Sequence[str]) -> SelfEnergyFit:
+        """The self-energies of one level of theory, by element, with what they cover."""
+        if len(levels) == 1:
+            return self
+        mine = [number for number, s in enumerate(self.elements) if s.endswith(f" ({level})")]
+        rows = np.array(self.row_space).reshape(-1, len(self.elements))[:, mine]
+        _, singular, basis = np.linalg.svd(rows, full_matrices=False)  # blocks may be mixed in it
+        return replace(
+            self,
+            values=values_of_level(self.values, level, levels),
+            row_space=basis[singular > ROW_SPACE_TOLERANCE].tolist(),
+            elements=[self.elements[number].partition(" ")[0] for number in mine],
+        )
+
     def warning(self) -> str:
         """What an underdetermined fit is good for, in words; empty where it is determined."""
         if not self.undetermined:
             return ""
         combinations = "; ".join(in_words(combination) for combination in self.undetermined)
+        fixed = ", ".join(in_words(combination) for combination in self.determined)
+        free = _listed(sorted({symbol for c in self.undetermined for symbol in c}))
         return (
-            f"the compositions determine {self.rank} of {self.n_elements} self-energies. They do "
-            f"not change if you add any multiple of: {combinations}. The minimum-norm solution is "
-            "used. It is exact for compositions that are combinations of those in the training "
-            "split, and meaningless for others and for the elements by themselves."
+            f"the compositions determine {self.rank} of {self.n_elements} self-energies: the data "
+            f"fixes {fixed}, not {free} by themselves. No energy changes if you add any multiple "
+            f"of: {combinations}. The minimum-norm solution is used. It is exact for compositions "
+            "that are combinations of those in the training split, and meaningless for others and "
+            "for the elements by themselves."
         )
 
 
 def in_words(combination: Mapping[str, int]) -> str:
-    """`2 H − 1 C` for {"H": 2, "C": −1}."""
-    terms = [f"{'−' if n < 0 else '+'} {abs(n)} {symbol}" for symbol, n in combination.items()]
+    """`2 H − C` for {"H": 2, "C": −1}."""
+    terms = [
+        f"{'−' if n < 0 else '+'} {f'{abs(n)} ' if abs(n) != 1 else ''}{symbol}"
+        for symbol, n in combination.items()
+    ]
     return " ".join(terms).removeprefix("+ ")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def compositions(
@@ -108,11 +152,77 @@ def formulas(
     return [names[index] for index in inverse.ravel()]
 
 
+def columns_by_level(
+    elements: Sequence[str],
+    composition: Int64[np.ndarray, "n_structures n_elements"],
+    level: Int64[np.ndarray, " n_structures"],
+    levels: Sequence[str],
+) -> tuple[list[str], Int64[np.ndarray, "n_structures n_columns"]]:
+    """The block system in which every level of theory has self-energies of its own.
+
+    Args:
+        elements: symbols, in the order of the columns of `composition`.
+        composition: atoms of each element in each structure.
+        level: number of each structure's level of theory.
+        levels: their names.
+
+    Returns:
+        Names of the columns, the symbols where there is one level and `C (name)` where there are
+        several, and the composition over them: zero in the columns of other levels.
+    """
+    if len(levels) == 1:
+        return list(elements), composition
+    blocks = [composition * (level == number)[:, None] for number in range(len(levels))]
+    wide = np.concatenate(blocks, axis=1)
+    columns = [f"{symbol} ({name})" for name in levels for symbol in elements]
+    seen = np.any(wide, axis=0).tolist()
+    return [name for name, here in zip(columns, seen, strict=True) if here], wide[:, seen]
+
+
+def values_by_column(
+    by_level: Mapping[str, Mapping[str, float]], levels: Sequence[str]
+) -> dict[str, float]:
+    """Given self-energies by the names of `columns_by_level`."""
+    if len(levels) == 1:
+        return {symbol: e for values in by_level.values() for symbol, e in values.items()}
+    return {f"{s} ({level})": e for level, values in by_level.items() for s, e in values.items()}
+
+
+def values_of_level(
+    values: Mapping[str, float], level: str, levels: Sequence[str]
+) -> dict[str, float]:
+    """Self-energies of one level of theory by element, from those by column."""
+    if len(levels) == 1:
+        return dict(values)
+    end = f" ({level})"
+    return {column.removesuffix(end): e for column, e in values.items() if column.endswith(end)}
+
+
+def isolated_atoms(
+    composition: Int64[np.ndarray, "n_structures n_columns"],
+    energies: Float64[np.ndarray, " n_structures"],
+    columns: Sequence[str],
+) -> dict[str, float]:
+    """Lowest energy of each column's structures of one atom, eV.
+
+    Of several states of an atom (other spins, other fields) the lowest is its ground state.
+    """
+    single = (composition.sum(axis=1) == 1) & np.isfinite(energies)
+    which = composition[single].argmax(axis=1)
+    return {
+        name: float(energies[single][which == column].min())
+        for column, name in enumerate(columns)
+        if (which == column).any()
+    }
+
+
 def determine_self_energies(
     config: SelfEnergiesConfig,
     composition: Int64[np.ndarray, "n_structures n_elements"],
     energies: Float64[np.ndarray, " n_structures"],
     elements: Sequence[str],
+    levels: Sequence[str] = ("",),
+    atoms: Mapping[str, float] | None = None,
 ) -> SelfEnergyFit:
     """Self-energies by the method of the config, from the training split's structures.
 
@@ -120,29 +230,39 @@ def determine_self_energies(
         config: method, and given values.
         composition: atoms of each element in each structure.
         energies: total energies, eV; NaN where a structure has none.
-        elements: symbols, in the order of the columns.
+        elements: symbols, or names of `columns_by_level`, in the order of the columns.
+        levels: names of the levels of theory.
+        atoms: energies of isolated atoms, by column.
 
     Raises:
         SelfEnergyError: an element without a value, no energies to fit, or, if the config asks
             for it, compositions that do not determine all elements.
     """
-    for symbol in config.values:
-        if symbol not in ATOMIC_NUMBER_OF or symbol == "X":
+    given = values_by_column(config.values_by_level, levels)
+    for symbol in given:
+        if symbol.partition(" ")[0] not in ATOMIC_NUMBER_OF or symbol == "X":
             raise SelfEnergyError(
                 f'"{symbol}" is not an element', where="prepare.self_energies.values"
             )
     if config.method == "none":
         return SelfEnergyFit("none", dict.fromkeys(elements, 0.0), elements=list(elements))
     if config.method == "given":
-        return _given(config.values, elements)
+        return _given(given, elements)
+    if config.method == "isolated_atoms":
+        return _from_atoms(given | dict(atoms or {}), elements)
     known = np.isfinite(energies)
-    fit = fit_self_energies(composition[known], energies[known], elements, given=config.values)
+    epsilon = config.huber_epsilon if config.fit_method == "huber" else None
+    fit = fit_self_energies(composition[known], energies[known], elements, given, epsilon)
+    fit = replace(
+        fit,
+        outliers=[o | {"index": int(np.flatnonzero(known)[o["index"]])} for o in fit.outliers],
+    )
     if fit.undetermined and config.if_underdetermined == "error":
         raise SelfEnergyError(
             fit.warning(),
-            where="prepare.self_energies",
-            remedy="give values for some elements, add other compositions (free atoms help), or "
-            'write if_underdetermined = "minimum_norm"',
+            where="prepare.self_energies.if_underdetermined",
+            remedy="give values for some elements, bring structures of other compositions into "
+            'the training split, or write if_underdetermined = "minimum_norm"',
         )
     return fit
 
@@ -158,47 +278,78 @@ def _given(values: Mapping[str, float], elements: Sequence[str]) -> SelfEnergyFi
     return SelfEnergyFit("given", dict(values), elements=list(values))
 
 
+def _from_atoms(values: Mapping[str, float], elements: Sequence[str]) -> SelfEnergyFit:
+    missing = [symbol for symbol in elements if symbol not in values]
+    if missing:
+        raise SelfEnergyError(
+            f"there is no structure of one neutral atom, with an energy, of {', '.join(missing)}",
+            where="prepare.self_energies",
+            remedy="add a source with the isolated atoms, give the missing ones in values, or "
+            'write method = "fit"',
+        )
+    return SelfEnergyFit("isolated_atoms", dict(values), elements=list(values))
+
+
 def fit_self_energies(
     composition: Int64[np.ndarray, "n_structures n_elements"],
     energies: Float64[np.ndarray, " n_structures"],
     elements: Sequence[str],
     given: Mapping[str, float] | None = None,
+    huber_epsilon: float | None = None,
 ) -> SelfEnergyFit:
-    r"""Fit one self-energy per element by ordinary least squares.
+    r"""Fit one self-energy per element by ordinary least squares, or by Huber's regression.
 
     Minimises :math:`\sum_s (E_s - \sum_Z n_{sZ}\,\varepsilon_Z)^2`, float64 throughout. Structures
     of one composition share a row of the design matrix: the fit over them equals the fit over the
     distinct compositions with their mean energies, weighted by their counts. Where compositions
     cannot tell elements apart, the solution of minimum norm is taken.
 
+    With `huber_epsilon` the squares are replaced by Huber's function of the residual over a scale
+    that is fitted with it, which needs all structures rather than the distinct compositions.
+
     Args:
         composition: atoms of each element in each structure.
         energies: total energies, eV.
         elements: symbols, in the order of the columns.
         given: self-energies that stay as they are, eV; the others are fitted.
+        huber_epsilon: residual, in units of the scale, from which Huber's function is linear.
 
     Returns:
         Self-energies with the rank, the condition number and the uncertainty of the fit.
 
     Raises:
         SelfEnergyError: no structure has an energy, or an element is in none that has.
+
+    Source:
+        Huber, Ann. Math. Stat. 35, 73 (1964), doi:10.1214/aoms/1177703732; standard errors of the
+        robust fit: Huber & Ronchetti, Robust Statistics (2009), eq. 7.81.
     """
     given = dict(given or {})
     _check_seen(composition, elements, given)
     fitted = [column for column, symbol in enumerate(elements) if symbol not in given]
     offsets = np.array([given.get(symbol, 0.0) for symbol in elements])
     targets = energies - composition @ offsets
-    rows, means, weights, scatter = _distinct(composition[:, fitted], targets)
+    seen = composition[:, fitted]
+    rows, means, weights, scatter = _distinct(seen, targets)
     solution = _least_squares(rows, means, weights)
-    residual = scatter + float(weights @ (means - rows @ solution) ** 2)
     singular, basis = _row_space(rows, weights)
     rank, n = len(singular), len(energies)
+    robust = None
+    if huber_epsilon is not None and rank:
+        robust = _huber(seen, targets, basis, huber_epsilon)
+        solution = robust.solution
+    residual = scatter + float(weights @ (means - rows @ solution) ** 2)
+    variance = residual / (n - rank) if n > rank else np.nan
+    if robust is not None:
+        variance = robust.variance
     symbols = [elements[column] for column in fitted]
-    errors = _standard_errors(rows, weights, residual / (n - rank) if n > rank else np.nan)
+    errors = _standard_errors(rows, weights, variance)
     free = [symbol for symbol in given if symbol not in elements]
     values = given | {s: float(e) for s, e in zip(symbols, solution, strict=True)}
+    underdetermined = rank < len(fitted)
     return SelfEnergyFit(
         method="fit",
+        fit_method="least_squares" if huber_epsilon is None else "huber",
         values={symbol: values[symbol] for symbol in [*elements, *free]},
         n_structures=n,
         n_compositions=len(rows),
@@ -209,7 +360,14 @@ def fit_self_energies(
         rmse_after=float(np.sqrt(residual / n)),
         standard_errors={s: errors[i] for i, s in enumerate(symbols)},
         counts={s: int(composition[:, c].sum()) for c, s in enumerate(elements)},
-        undetermined=_null_space(rows, symbols) if rank < len(fitted) else [],
+        undetermined=_null_space(rows, symbols) if underdetermined else [],
+        determined=_fixed_combinations(rows, symbols) if underdetermined else [],
+        worst_compositions=_worst_compositions(
+            composition, targets - composition[:, fitted] @ solution, elements
+        ),
+        leave_one_composition_out=_leave_one_out(rows, means, weights),
+        outliers=[] if robust is None else robust.outliers[:MOST_OUTLIERS],
+        n_outliers=0 if robust is None else len(robust.outliers),
         row_space=_embedded(basis, fitted, [s in given for s in elements], len(free)),
         elements=[*elements, *free],
     )
@@ -260,6 +418,107 @@ def _least_squares(rows: np.ndarray, means: np.ndarray, weights: np.ndarray) -> 
     return np.asarray(model.coef_, np.float64)
 
 
+@dataclass(frozen=True)
+class _Robust:
+    """Huber's fit: its solution, eV; the variance of a residual that stands for it in the standard
+    errors, eV²; the structures beyond its threshold, worst first."""
+
+    solution: np.ndarray
+    variance: float
+    outliers: list[dict[str, Any]]
+
+
+def _huber(
+    composition: np.ndarray, targets: np.ndarray, basis: np.ndarray, epsilon: float
+) -> _Robust:
+    """Huber's regression over structures, in an orthonormal basis of the row space.
+
+    That makes the problem well conditioned, and its solution the one of minimum norm. It starts
+    from the fit to the medians of the compositions, which outliers do not move.
+    """
+    from sklearn.linear_model import HuberRegressor  # late: it takes a second
+
+    rows, owner, counts = np.unique(composition, axis=0, return_inverse=True, return_counts=True)
+    owner = owner.ravel()
+    order = np.lexsort((targets, owner))
+    starts = np.cumsum(counts) - counts
+    low, high = order[starts + (counts - 1) // 2], order[starts + counts // 2]
+    medians = targets[low] / 2 + targets[high] / 2
+    start = _least_squares(rows.astype(np.float64), medians, counts.astype(np.float64))
+    start = basis.T @ (basis @ start)
+    left = targets - composition @ start
+    scale = max(float(np.median(np.abs(left))) / 0.6745, SMALLEST_SCALE)
+    _, singular, turn = np.linalg.svd(
+        (rows @ basis.T) * np.sqrt(counts / len(targets))[:, None], full_matrices=False
+    )
+    coordinates = composition @ (basis.T @ turn.T / singular)
+    model = HuberRegressor(
+        epsilon=epsilon, alpha=0.0, fit_intercept=False, max_iter=10_000, tol=1e-8
+    ).fit(coordinates, left / scale)
+    solution = start + scale * (basis.T @ (turn.T @ (model.coef_ / singular)))
+    residual = targets - composition @ solution
+    s = scale * float(model.scale_)
+    inside = np.abs(residual) <= epsilon * s
+    psi = np.clip(residual, -epsilon * s, epsilon * s)
+    n, rank = len(targets), len(basis)
+    share = max(float(inside.mean()), 1 / n)
+    variance = float(psi @ psi) / (n - rank) / share**2 if n > rank else np.nan
+    worst = np.flatnonzero(~inside)[np.argsort(-np.abs(residual[~inside]), kind="stable")]
+    outliers = [{"index": int(i), "residual": float(residual[i])} for i in worst]
+    return _Robust(solution, variance, outliers)
+
+
+def _leave_one_out(rows: np.ndarray, means: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """Least squares without one composition, at that composition, for each of them.
+
+    With the leverage h of a composition the residual that it has when it is left out is
+    r / (1 − h); where h is 1 no other composition determines it.
+    """
+    scaled = rows * np.sqrt(weights)[:, None]
+    residual = means - rows @ _least_squares(rows, means, weights)
+    basis = np.linalg.svd(scaled, full_matrices=False)[0][:, : len(_row_space(rows, weights)[0])]
+    leverage = np.sum(basis**2, axis=1)
+    apart = leverage < 1 - ROW_SPACE_TOLERANCE
+    left_out = residual[apart] / (1 - leverage[apart])
+    return {
+        "rmse": float(np.sqrt(np.mean(left_out**2))) if apart.any() else None,
+        "n_compositions": int(apart.sum()),
+        "not_determined": int((~apart).sum()),
+    }
+
+
+def _worst_compositions(
+    composition: np.ndarray, residual: np.ndarray, columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The compositions whose mean energy is furthest off, at most `MOST_COMPOSITIONS`."""
+    rows, owner, counts = np.unique(composition, axis=0, return_inverse=True, return_counts=True)
+    owner = owner.ravel()
+    mean = np.bincount(owner, residual) / counts
+    rms = np.sqrt(np.bincount(owner, residual**2) / counts)
+    worst = np.argsort(-np.abs(mean), kind="stable")[:MOST_COMPOSITIONS]
+    return [
+        {
+            "formula": name,
+            "n_structures": int(counts[index]),
+            "mean_residual": float(mean[index]),
+            "rms_residual": float(rms[index]),
+        }
+        for index, name in zip(worst, _formulas_of_columns(columns, rows[worst]), strict=True)
+    ]
+
+
+def _formulas_of_columns(columns: Sequence[str], rows: np.ndarray) -> list[str]:
+    """`C2H6O (level)`, from columns such as `C (level)`."""
+    level = [column.partition(" ")[2] for column in columns]
+    symbols = [column.partition(" ")[0] for column in columns]
+    names = []
+    for row in rows:
+        here = np.flatnonzero(row)
+        name = formulas([symbols[i] for i in here], row[None, here])[0]
+        names.append(f"{name} {level[here[0]]}".strip())
+    return names
+
+
 def _row_space(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Non-zero singular values of the weighted matrix, and an orthonormal basis of its rows."""
     _, singular, basis = np.linalg.svd(rows * np.sqrt(weights)[:, None], full_matrices=False)
@@ -293,6 +552,44 @@ def _null_space(rows: np.ndarray, symbols: Sequence[str]) -> list[dict[str, int]
         sign = next(1 if n > 0 else -1 for n in integers if n)
         combinations.append({s: sign * n for s, n in zip(symbols, integers, strict=True) if n})
     return combinations
+
+
+def _fixed_combinations(rows: np.ndarray, symbols: Sequence[str]) -> list[dict[str, int]]:
+    """Short integer combinations of elements that span all that the compositions fix.
+
+    A reduced basis (Lenstra, Lenstra & Lovász 1982) of the lattice of a spanning set of them.
+    """
+    from sympy.polys.domains import ZZ  # late: it takes half a second, and is seldom needed
+    from sympy.polys.matrices import DomainMatrix
+
+    independent = _independent_rows(rows).astype(int)
+    matrix = DomainMatrix(
+        [[ZZ(n) for n in row] for row in independent.tolist()], independent.shape, ZZ
+    )
+    short = np.array([[int(n) for n in row] for row in matrix.lll().to_list()])
+    for index in range(len(short)):
+        short[index] = _as_atoms(short, index)
+    combinations = []
+    for row in short:
+        integers = row // np.gcd.reduce(row)
+        combinations.append({s: int(n) for s, n in zip(symbols, integers, strict=True) if n})
+    return combinations
+
+
+def _as_atoms(vectors: np.ndarray, index: int) -> np.ndarray:
+    """One of some vectors plus few times the others, so that it counts atoms, if there is a way:
+    2 H + C says more to a chemist than C − O."""
+    others = np.delete(vectors, index, axis=0)
+    choices: np.ndarray = vectors[index][None] * np.array([[1], [-1]])
+    if 0 < len(others) <= 4:
+        grid = np.meshgrid(*[np.arange(-2, 3)] * len(others))
+        steps = np.stack(grid, axis=-1).reshape(-1, len(others))
+        choices = (choices[:, None] + (steps @ others)[None]).reshape(-1, vectors.shape[1])
+    counts = choices[(choices >= 0).all(axis=1)]
+    if len(counts) == 0:
+        counts = vectors[index][None] * (1 if vectors[index].sum() >= 0 else -1)
+    fewest: np.ndarray = counts[np.argmin(counts.sum(axis=1))]
+    return fewest
 
 
 def _independent_rows(rows: np.ndarray) -> np.ndarray:

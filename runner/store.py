@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import zarr
+from jaxtyping import Int64
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from runner.errors import DatasetError
-from runner.structures import Structures
+from runner.structures import Structures, ragged_rows
 
 SCHEMA_VERSION = 1
-TRANSFORMATION_VERSION = 1  # raise when the same input would give other numbers
+TRANSFORMATION_VERSION = 2  # raise when the same input would give other numbers
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 20
 
@@ -53,7 +54,9 @@ def dataset_path(folder: Path, name: str, digest: str) -> Path:
 
 def _decisive(prepare: Mapping[str, Any]) -> dict[str, Any]:
     sources = [{k: v for k, v in source.items() if k != "path"} for source in prepare["source"]]
-    return {k: v for k, v in prepare.items() if k != "name"} | {"source": sources}
+    split = {k: v for k, v in prepare.get("split", {}).items() if k != "file"}
+    other = {k: v for k, v in prepare.items() if k != "name"}
+    return other | {"source": sources, "split": split}
 
 
 def write_dataset(
@@ -61,14 +64,18 @@ def write_dataset(
     structures: Structures,
     attributes: Mapping[str, Any],
     beside: Callable[[Path], None],
+    order: Int64[np.ndarray, " n_stored"] | None = None,
+    pages: Mapping[str, str] | None = None,
 ) -> None:
     """Write a dataset aside, then rename it to its place.
 
     Args:
         path: where it will be; if another process has put it there meanwhile, that one stays.
-        structures: in the order in which they are to be stored.
+        structures: what is to be stored; the arrays of the atoms may be larger than memory.
         attributes: of the group, plain data.
         beside: called with the path of a picture to draw before the dataset appears.
+        order: which structures are stored, in which order; all as they are if None.
+        pages: texts to lie in its folder, by file name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path.parent)
@@ -77,12 +84,12 @@ def write_dataset(
     )
     picture = aside.with_name(f"{aside.name}.png")
     try:
-        by_structure = {"first_atom": structures.first_atom, **structures.structures}
         with _codecs(rust=False):
             group = zarr.open_group(aside, mode="w-", zarr_format=3)
             group.attrs.update(dict(attributes))
-            _write_arrays(group.create_group("structures"), by_structure)
-            _write_arrays(group.create_group("atoms"), structures.atoms)
+            _write_arrays(group, structures, np.arange(len(structures)) if order is None else order)
+        for name, text in (pages or {}).items():
+            (aside / name).write_text(text, encoding="utf-8")
         PreparedDataset(aside)  # what cannot be opened does not get its name
         beside(picture)
         picture.replace(path.with_suffix(".png"))
@@ -93,23 +100,68 @@ def write_dataset(
         picture.unlink(missing_ok=True)
 
 
-def _write_arrays(group: zarr.Group, arrays: Mapping[str, np.ndarray]) -> None:
-    for name, array in arrays.items():
-        rows = max(len(array), 1)
-        chunk = min(CHUNK_ROWS, rows)
-        shard = min(SHARD_ROWS, -(-rows // chunk) * chunk)
-        stored = group.create_array(
-            name,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=(chunk, *array.shape[1:]),
-            shards=(shard, *array.shape[1:]),
-            serializer=BytesCodec(),
-            compressors=(ZstdCodec(level=1), Crc32cCodec()),
-            fill_value=np.nan if array.dtype.kind == "f" else 0,
-            config={"write_empty_chunks": True},
-        )
-        stored[...] = array
+def _write_arrays(group: zarr.Group, structures: Structures, order: np.ndarray) -> None:
+    """The arrays of both tables, shard by shard."""
+    counts = np.diff(structures.first_atom)[order]
+    first_atom = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    by_structure = group.create_group("structures")
+    _write(
+        by_structure,
+        "first_atom",
+        first_atom,
+        len(first_atom),
+        lambda start, stop: slice(start, stop),
+    )
+    for name, array in structures.structures.items():
+        _write(by_structure, name, array, len(order), lambda start, stop: order[start:stop])
+
+    def rows_of(start: int, stop: int) -> np.ndarray:
+        first = int(np.searchsorted(first_atom, start, side="right")) - 1
+        last = int(np.searchsorted(first_atom, stop, side="left"))
+        rows = ragged_rows(structures.first_atom, order[first:last])
+        return rows[start - first_atom[first] : stop - first_atom[first]]
+
+    by_atom = group.create_group("atoms")
+    for name, array in structures.atoms.items():
+        _write(by_atom, name, array, int(first_atom[-1]), rows_of)
+
+
+def _write(
+    group: zarr.Group,
+    name: str,
+    array: np.ndarray,
+    rows: int,
+    taken: Callable[[int, int], np.ndarray | slice],
+) -> None:
+    """One array of so many rows, which `taken` names for each range of them."""
+    chunk = min(CHUNK_ROWS, max(rows, 1))
+    shard = min(SHARD_ROWS, -(-max(rows, 1) // chunk) * chunk)
+    stored = group.create_array(
+        name,
+        shape=(rows, *array.shape[1:]),
+        dtype=array.dtype,
+        chunks=(chunk, *array.shape[1:]),
+        shards=(shard, *array.shape[1:]),
+        serializer=BytesCodec(),
+        compressors=(ZstdCodec(level=1), Crc32cCodec()),
+        fill_value=np.nan if array.dtype.kind == "f" else 0,
+        config={"write_empty_chunks": True},
+    )
+    for start in range(0, rows, shard):
+        stop = min(start + shard, rows)
+        stored[start:stop] = array[taken(start, stop)]
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder for what is too large for memory while a dataset is made; gone afterwards."""
+    _remove_abandoned(folder)
+    path = folder / f".scratch.zarr.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 _ZARR_CONFIG = threading.RLock()  # it is one for all threads
@@ -206,6 +258,12 @@ class PreparedDataset:
                 structures[name] = self._read(key, start, stop)
         return Structures(first_atom - first_atom[0], atoms, structures)
 
+    def origins(self, split: str) -> Int64[np.ndarray, "n_split 2"]:
+        """Number of the source file, and of the structure in it, for each structure of a split."""
+        start, stop = self.attributes["splits"][split]
+        source = self._read("structures/source", start, stop).astype(np.int64)
+        return np.stack([source, self._read("structures/source_index", start, stop)], axis=1)
+
     @property
     def n_atoms(self) -> int:
         """Atoms of all structures."""
@@ -215,6 +273,11 @@ class PreparedDataset:
     def labels(self) -> dict[str, int]:
         """How many structures have each label that the dataset holds."""
         return dict(self.attributes["statistics"]["coverage"])
+
+    @property
+    def periodic(self) -> bool:
+        """Whether some structure is periodic."""
+        return "structures/pbc" in self._arrays
 
     def _read(self, key: str, start: int, stop: int) -> np.ndarray:
         """Some rows of an array, every chunk of them checked.

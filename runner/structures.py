@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
 from runner.errors import SourceError
+
+FILLED_AT_ONCE = 1 << 16  # rows
 
 
 def ragged_rows(
@@ -59,31 +63,112 @@ class Structures:
         )
 
 
-def concatenate(parts: Sequence[Structures]) -> Structures:
-    """All structures of several parts; a label that a part lacks is NaN for its structures."""
-    if not parts:
-        raise SourceError("there are no structures")
-    counts = np.concatenate([np.diff(part.first_atom) for part in parts])
-    groups = [part.group or [""] * len(part) for part in parts]
-    return Structures(
-        first_atom=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        atoms=_joined([part.atoms for part in parts], [part.n_atoms for part in parts]),
-        structures=_joined([part.structures for part in parts], [len(part) for part in parts]),
-        group=None
-        if all(part.group is None for part in parts)
-        else [name for group in groups for name in group],
-    )
+FILL: dict[str, float | bool] = {"cell": 0.0, "pbc": False}
+"""What stands for an array that a structure does not have; for labels that is NaN."""
 
 
-def _joined(tables: Sequence[dict[str, np.ndarray]], rows: Sequence[int]) -> dict[str, np.ndarray]:
-    """Arrays of the same name end to end, in a table's order of names."""
-    shapes = {name: array.shape[1:] for table in tables for name, array in table.items()}
-    return {
-        name: np.concatenate(
-            [
-                table[name] if name in table else np.full((n, *shape), np.nan)
-                for table, n in zip(tables, rows, strict=True)
-            ]
+class Gathering:
+    """Parts of many structures put end to end, in memory or in the files of a folder.
+
+    In a folder memory stays bounded: the structures that come out are mapped from its files, which
+    have to stay as long as these are used.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            folder: where the arrays grow; in memory if None.
+        """
+        self._folder = folder
+        self._columns: dict[str, _Column] = {}
+        self._counts: list[np.ndarray] = []
+        self._group: list[str] = []
+        self._n_atoms = 0
+
+    def append(self, part: Structures) -> None:
+        """Put a part after those that are there; what it lacks is filled."""
+        n_structures = sum(map(len, self._counts))
+        for table, before, n in (
+            ("atoms", self._n_atoms, part.n_atoms),
+            ("structures", n_structures, len(part)),
+        ):
+            arrays = part.atoms if table == "atoms" else part.structures
+            for name, array in arrays.items():
+                key = f"{table}/{name}"
+                if key not in self._columns:
+                    self._columns[key] = _Column.begun(key, array, self._folder)
+                    self._columns[key].skip(before)
+                self._columns[key].append(array)
+            for key, column in self._columns.items():
+                if key.startswith(f"{table}/") and key.partition("/")[2] not in arrays:
+                    column.skip(n)
+        self._counts.append(np.diff(part.first_atom))
+        self._n_atoms += part.n_atoms
+        if part.group is not None:
+            self._group.extend(part.group)
+
+    def structures(self) -> Structures:
+        """All of them.
+
+        Raises:
+            SourceError: there are none.
+        """
+        if not self._counts:
+            raise SourceError("there are no structures")
+        counts = np.concatenate(self._counts)
+        arrays = {key: column.array() for key, column in self._columns.items()}
+        tables: dict[str, dict[str, np.ndarray]] = {"atoms": {}, "structures": {}}
+        for key, array in arrays.items():
+            table, _, name = key.partition("/")
+            tables[table][name] = array
+        return Structures(
+            first_atom=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            atoms=tables["atoms"],
+            structures=tables["structures"],
+            group=self._group or None,
         )
-        for name, shape in shapes.items()
-    }
+
+
+@dataclass
+class _Column:
+    """One array that grows, in a file or in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fill: float | bool
+    path: Path | None
+    parts: list[np.ndarray]
+    rows: int = 0
+
+    @classmethod
+    def begun(cls, key: str, array: np.ndarray, folder: Path | None) -> _Column:
+        fill = FILL.get(key.partition("/")[2], np.nan)
+        path = None if folder is None else folder / key.replace("/", "-")
+        return cls(array.shape[1:], array.dtype, fill, path, [])
+
+    def append(self, array: np.ndarray) -> None:
+        self.rows += len(array)
+        if self.path is None:
+            self.parts.append(array)
+            return
+        with self.path.open("ab") as file:
+            np.ascontiguousarray(array, self.dtype).tofile(file)
+
+    def skip(self, n: int) -> None:
+        for start in range(0, n, FILLED_AT_ONCE):
+            rows = min(FILLED_AT_ONCE, n - start)
+            self.append(np.full((rows, *self.shape), self.fill, self.dtype))
+
+    def array(self) -> np.ndarray:
+        if self.path is None:
+            return np.concatenate(self.parts)
+        return np.memmap(self.path, self.dtype, "r", shape=(self.rows, *self.shape))
+
+
+def concatenate(parts: Iterable[Structures]) -> Structures:
+    """All structures of several parts; a label that a part lacks is NaN for its structures."""
+    gathering = Gathering()
+    for part in parts:
+        gathering.append(part)
+    return gathering.structures()

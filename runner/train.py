@@ -125,6 +125,12 @@ def _check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
                 allowed=", ".join(dataset.labels),
                 remedy=f"map {name} in [[prepare.source]], or take it out of train.{section}",
             )
+    if dataset.periodic:
+        raise DatasetError(
+            "the dataset has periodic structures, and training on them is not supported yet",
+            where=str(dataset.path),
+            allowed="structures that are periodic in no direction",
+        )
     start, stop = dataset.attributes["splits"]["val"]
     if start == stop:
         raise DatasetError(

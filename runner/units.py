@@ -11,12 +11,26 @@ if TYPE_CHECKING:
     import pint
 
 
+OTHER_SPELLINGS = (  # as other programs write them into their files
+    "@alias angstrom = Ang = Angstrom",
+    "@alias hartree = Hartree = Ha",
+    "@alias debye = Debye",
+    "@alias bohr = Bohr",
+    "kilojoule_per_mole = kilojoule / mole",
+    "kilocalorie_per_mole = kilocalorie / mole",
+    "eAng = elementary_charge * angstrom",
+)
+
+
 @functools.cache
 def _registry() -> pint.UnitRegistry[Any]:
     """pint's registry; imported late because it takes a quarter of a second."""
     import pint
 
-    return pint.UnitRegistry()
+    registry: pint.UnitRegistry[Any] = pint.UnitRegistry()
+    for spelling in OTHER_SPELLINGS:
+        registry.define(spelling)
+    return registry
 
 
 def conversion_factor(unit: str, target: str) -> float:

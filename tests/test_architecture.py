@@ -12,7 +12,7 @@ import pytest
 
 import runner
 from runner import sources
-from runner.config import LossConfig, MetricsConfig, SourceConfig
+from runner.config import SUFFIXES, LossConfig, MetricsConfig, SourceConfig
 from runner.fields import FIELDS, LABELS
 
 PACKAGE = Path(runner.__file__).parent
@@ -27,9 +27,19 @@ FLOORS: dict[str, int] = {
     "runner.structures": 1,
     "runner.sources": 1,
     "runner.sources.labels": 1,
+    "runner.sources.raw": 1,
     "runner.sources.extxyz": 1,
+    "runner.sources.ase_db": 1,
+    "runner.sources.ase_io": 1,
+    "runner.sources.deepmd": 1,
+    "runner.sources.hdf5": 1,
+    "runner.sources.npz": 1,
+    "runner.sources.prepared": 1,
     "runner.self_energies": 1,
     "runner.splits": 1,
+    "runner.filters": 1,
+    "runner.certificate": 1,
+    "runner.reference": 1,
     "runner.store": 1,
     "runner.plots": 1,
     "runner.terminal": 1,
@@ -50,6 +60,7 @@ FLOORS: dict[str, int] = {
     "runner.cli": 5,
     "runner.__main__": 5,
 }
+NOT_LEARNT_YET = {"stress", "spin_multiplicity", "quadrupole"}
 FLOAT32_ALLOWED = {
     "runner.batches": "the one place that casts",
     "runner.prepare": "np.spacing, which tells what float32 would lose",
@@ -121,9 +132,10 @@ def test_float64_becomes_float32_in_one_place() -> None:
 
 
 def test_the_sections_of_the_config_name_exactly_the_labels() -> None:
-    assert set(LossConfig.model_fields) == set(LABELS)
-    assert set(MetricsConfig.model_fields) == set(LABELS)
-    assert set(SourceConfig.model_fields) == {*LABELS, "path", "format", "positions"}
+    assert set(LossConfig.model_fields) == set(LABELS) - NOT_LEARNT_YET
+    assert set(MetricsConfig.model_fields) == set(LABELS) - NOT_LEARNT_YET
+    others = {"path", "format", "positions", "level_of_theory", "split"}
+    assert set(SourceConfig.model_fields) == {*LABELS, *others}
 
 
 def test_the_changelog_tells_of_this_version() -> None:
@@ -143,6 +155,11 @@ def test_the_vocabulary_is_the_design_s() -> None:
     assert {name: (f.per, f.shape, f.unit) for name, f in FIELDS.items()} == {
         "atomic_numbers": ("atom", (), ""),
         "positions": ("atom", (3,), "angstrom"),
+        "cell": ("structure", (3, 3), "angstrom"),
+        "pbc": ("structure", (3,), ""),
+        "stress": ("structure", (3, 3), "eV/angstrom**3"),
+        "spin_multiplicity": ("structure", (), ""),
+        "quadrupole": ("structure", (3, 3), "e*angstrom**2"),
         "energy": ("structure", (), "eV"),
         "forces": ("atom", (3,), "eV/angstrom"),
         "total_charge": ("structure", (), "e"),
@@ -155,7 +172,7 @@ def test_the_vocabulary_is_the_design_s() -> None:
 def test_the_formats_of_the_config_are_those_of_the_readers() -> None:
     (allowed, _) = get_args(SourceConfig.model_fields["format"].annotation)
     assert set(get_args(allowed)) == set(sources.READERS)
-    assert set(sources.SUFFIXES.values()) == set(sources.READERS)
+    assert {*SUFFIXES.values(), "deepmd", "ase"} == set(sources.READERS)
 
 
 def test_files_are_nouns_and_none_is_a_drawer() -> None:
@@ -173,7 +190,7 @@ def test_units_are_converted_where_files_are_read_and_settings_are_checked() -> 
     converters = {
         name for name, tree in MODULES.items() for i in _imports(tree) if i == "runner.units"
     }
-    assert converters <= {"runner.config", "runner.sources.extxyz", "runner.sources.labels"}
+    assert converters == {"runner.config", "runner.sources.labels"}
 
 
 def test_pickles_are_neither_written_nor_trusted() -> None:

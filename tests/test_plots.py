@@ -33,7 +33,8 @@ def _size(path: Path) -> tuple[int, int]:
 def test_energies_before_and_after(tmp_path: Path, structures: Structures) -> None:
     names = formulas(*compositions(structures.first_atom, structures.atoms["atomic_numbers"]))
     total = structures.structures["energy"] - 1000.0
-    plots.self_energies(tmp_path / "x.png", total, structures, names)
+    figure = plots.self_energies(total, structures.structures["energy"], names)
+    plots.save_png(figure, tmp_path / "x.png")
     assert min(_size(tmp_path / "x.png")) > 500
 
 

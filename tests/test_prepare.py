@@ -11,15 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from molecules import SELF_ENERGIES, springs, without, write_experiment, write_extxyz
+from ase.data import chemical_symbols
+from molecules import (
+    SELF_ENERGIES,
+    random_structures,
+    springs,
+    without,
+    write_experiment,
+    write_extxyz,
+)
 
 from runner.config import load_config
-from runner.errors import SelfEnergyError
-from runner.fields import LABELS
+from runner.errors import ConfigError, DatasetError, SelfEnergyError
+from runner.fields import FIELDS
 from runner.prepare import default_data_dir, find_prepared, prepare
 from runner.self_energies import compositions
-from runner.store import PreparedDataset
-from runner.structures import Structures
+from runner.store import PreparedDataset, write_dataset
+from runner.structures import Structures, concatenate
 from runner.terminal import Terminal
 
 
@@ -84,9 +92,7 @@ def test_the_result_says_what_the_design_names(tmp_path: Path) -> None:
         "schema_version", "fingerprint", "prepare", "sources", "units", "splits",
         "self_energies", "fit", "statistics", "energy_range",
     }  # fmt: skip
-    assert attributes["units"] == {"atomic_numbers": "", "positions": "angstrom"} | {
-        name: field.unit for name, field in LABELS.items()
-    }
+    assert attributes["units"] == {name: field.unit for name, field in FIELDS.items()}
 
 
 def test_the_width_of_the_energy_within_a_composition_does_not_change(tmp_path: Path) -> None:
@@ -330,3 +336,399 @@ forces = {{ key = "forces", unit = "eV/angstrom" }}
     for span in spans.values():  # one composition: its width is the whole range
         assert span["width"] == pytest.approx(span["max"] - span["min"], abs=1e-9)
     assert spans["after"]["float32_spacing"] < 1e-6 < 1e-4 < spans["before"]["float32_spacing"]
+
+
+SOURCE = """
+[[prepare.source]]
+path = "{path}"
+energy = {{ key = "energy", unit = "eV" }}
+forces = {{ key = "forces", unit = "eV/angstrom" }}
+"""
+
+
+def _experiment(folder: Path, sources: dict[str, Structures], tail: str = "", **extra: str) -> Path:
+    """An experiment over several made-up files; `extra` are lines of a file's source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = '[prepare]\nname = "x"\n'
+    for name, structures in sources.items():
+        write_extxyz(folder / f"{name}.xyz", structures)
+        text += SOURCE.format(path=f"{name}.xyz") + extra.get(name, "") + "\n"
+    (folder / "config.toml").write_text(text + tail)
+    return folder / "config.toml"
+
+
+def _totals(dataset: PreparedDataset) -> dict[tuple[int, int], float]:
+    """Total energy by (file, structure), self-energies added back by hand."""
+    found = {}
+    levels, by_level = (
+        dataset.attributes["levels"],
+        dataset.attributes.get("self_energies_by_level"),
+    )
+    for part in _in_stored_order(dataset):
+        for index in range(len(part)):
+            numbers = part.atoms["atomic_numbers"][
+                part.first_atom[index] : part.first_atom[index + 1]
+            ]
+            values = dataset.attributes["self_energies"]
+            if by_level:
+                values = by_level[levels[part.structures["level"][index]]]
+            origin = (
+                int(part.structures["source"][index]),
+                int(part.structures["source_index"][index]),
+            )
+            offset = sum(values[chemical_symbols[z]] for z in numbers)
+            found[origin] = part.structures["energy"][index] + offset
+    return found
+
+
+def test_what_filters_drop_is_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = springs(n=80)
+    limit = float(np.median(np.abs(written.atoms["forces"]).max(axis=1)))
+    tail = f'[prepare.filter]\nmax_atoms = 4\nmax_force = "{3 * limit!r} eV/angstrom"\n'
+    result = _prepare(_experiment(tmp_path, {"a": written}, tail))
+    large = [i for i in range(80) if i % 3 == 2]
+    strong = [
+        i
+        for i in range(80)
+        if i not in large
+        and np.linalg.norm(
+            written.atoms["forces"][written.first_atom[i] : written.first_atom[i + 1]], axis=1
+        ).max()
+        > 3 * limit
+    ]
+    dataset = PreparedDataset(Path(result["dataset"]))
+    assert {k: v["count"] for k, v in dataset.attributes["dropped"].items()} == {
+        "more than 4 atoms": len(large),
+        f"a force above {3 * limit:g} eV/Å": len(strong),
+    }
+    assert strong
+    assert set(_totals(dataset)) == {(0, i) for i in range(80)} - {(0, i) for i in large + strong}
+    text = capsys.readouterr().out
+    assert f"dropped {len(large)}: more than 4 atoms (such as a.xyz structure 2, a.xyz" in text
+
+
+def test_filters_that_leave_nothing_are_refused(tmp_path: Path) -> None:
+    config = _experiment(tmp_path, {"a": springs(n=9)}, "[prepare.filter]\nmin_atoms = 9\n")
+    with pytest.raises(
+        DatasetError, match=r"drop every structure: 9 with fewer than 9(.|\n)*loosen"
+    ):
+        _prepare(config)
+
+
+def _atoms(energies: dict[int, float]) -> Structures:
+    """One isolated atom of each element."""
+    n = len(energies)
+    made = random_structures([1] * n)
+    made.atoms["atomic_numbers"][:] = list(energies)
+    made.structures["energy"][:] = list(energies.values())
+    made.structures["total_charge"][:] = 0
+    return made
+
+
+def test_isolated_atoms_give_their_energies_and_leave_the_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    energies = {1: -13.5, 6: -1029.0, 7: -1485.0, 8: -2042.0}
+    tail = '[prepare.self_energies]\nmethod = "isolated_atoms"\n'
+    written = {"molecules": springs(n=40), "atoms": _atoms(energies | {6: -1029.0})}
+    result = _prepare(_experiment(tmp_path, written, tail))
+    assert result["self_energies"] == {chemical_symbols[z]: e for z, e in energies.items()}
+    assert result["structures"] == 40
+    dataset = PreparedDataset(Path(result["dataset"]))
+    expected = written["molecules"].structures["energy"]
+    found = _totals(dataset)
+    assert [found[0, i] for i in range(40)] == pytest.approx(expected, abs=1e-9)
+    text = capsys.readouterr().out
+    assert "dropped 4: isolated atoms, used for the self-energies" in text
+    assert "isolated atom" in text
+    del energies[8]
+    config = _experiment(tmp_path / "b", {"m": springs(n=40), "a": _atoms(energies)}, tail)
+    with pytest.raises(SelfEnergyError, match=r"one neutral atom.* of O(.|\n)*isolated atoms"):
+        _prepare(config)
+
+
+def test_charged_atoms_are_no_reference(tmp_path: Path) -> None:
+    atoms = _atoms({1: -13.5, 6: -1029.0, 7: -1485.0, 8: -2042.0})
+    ion = _atoms({1: -14.3})
+    ion.structures["total_charge"][:] = -1
+    charge = 'total_charge = { key = "total_charge" }'
+    config = _experiment(
+        tmp_path,
+        {"m": springs(n=20), "a": concatenate([atoms, ion])},
+        '[prepare.self_energies]\nmethod = "isolated_atoms"\n',
+        a=charge,
+        m=charge,
+    )
+    assert _prepare(config)["self_energies"]["H"] == -13.5
+
+
+def test_levels_of_theory_are_fitted_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    low, high = springs(n=60), springs(seed=1, n=60)
+    numbers = high.atoms["atomic_numbers"]
+    shift = np.add.reduceat(np.where(numbers == 6, 7.0, 0.5), high.first_atom[:-1])
+    high = replace(high, structures=high.structures | {"energy": high.structures["energy"] + shift})
+    level = {name: f'level_of_theory = "{name}"' for name in ("dft", "cc")}
+    config_file = _experiment(tmp_path, {"dft": low, "cc": high}, **level)
+    result = _prepare(config_file)
+    dataset = PreparedDataset(Path(result["dataset"]))
+    by_level = dataset.attributes["self_energies_by_level"]
+    assert set(by_level) == {"dft", "cc"}
+    assert result["self_energies"] == by_level["dft"]
+    assert by_level["cc"]["C"] - by_level["dft"]["C"] == pytest.approx(7.0, abs=1.5)
+    assert result["fit"]["rank"] == 8
+    assert result["fit"]["rmse_after"] < 3
+    found = _totals(dataset)
+    for source, written in enumerate((low, high)):
+        totals = [found[source, i] for i in range(60)]
+        assert totals == pytest.approx(written.structures["energy"], abs=1e-9)
+    text = capsys.readouterr()
+    assert "C (cc)" in text.out
+    assert "predicts energies at the first, dft" in text.out + text.err
+    mixed = config_file.read_text().replace('level_of_theory = "cc"', "")
+    config_file.write_text(mixed)
+    with pytest.raises(ConfigError, match="energies of different levels cannot share self-ener"):
+        _prepare(config_file)
+    with pytest.raises(
+        ConfigError, match="one set of self-energies cannot serve the levels dft, cc"
+    ):
+        _prepare(
+            _experiment(tmp_path / "b", {"dft": low, "cc": high}, **level),
+            'prepare.self_energies.values={H="-13 eV"}',
+        )
+
+
+def test_duplicates_across_splits_are_said_and_can_be_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = springs(n=40)
+    every = concatenate([written, written.take(np.arange(20))])
+    config_file = _experiment(tmp_path, {"a": every})
+    dataset = PreparedDataset(Path(_prepare(config_file)["dataset"]))
+    found = dataset.attributes["duplicates"]
+    assert found["structures"] == 20
+    split_of = {
+        int(index): name for name in ("train", "val", "test") for _, index in dataset.origins(name)
+    }
+    pairs = [{split_of[i], split_of[i + 40]} for i in range(20)]
+    for pair, entry in found["across_splits"].items():
+        assert entry["count"] == pairs.count(set(pair.split("/")))
+        for one, other in entry["examples"]:
+            assert abs(one[1] - other[1]) == 40
+    across = sum(entry["count"] for entry in found["across_splits"].values())
+    assert across == sum(len(pair) == 2 for pair in pairs) > 0
+    text = capsys.readouterr()
+    assert "are duplicates of structures of the train split" in text.out + text.err
+    dropped = _prepare(config_file, 'prepare.filter.duplicates="drop"')
+    assert dropped["structures"] == 40
+    assert not PreparedDataset(Path(dropped["dataset"])).attributes["warnings"]
+
+
+def test_a_label_that_is_zero_throughout_is_asked_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = springs(n=30)
+    written.structures["dipole"][:] = 0
+    written.structures["total_charge"][:] = 0
+    more = (
+        'dipole = { key = "dipole", unit = "e*angstrom" }\ntotal_charge = { key = "total_charge" }'
+    )
+    config_file = _experiment(tmp_path, {"a": written}, a=more)
+    for _ in range(2):  # made, and reused
+        _prepare(config_file)
+        text = capsys.readouterr()
+        said = text.out + text.err
+        assert 'dipole (key "dipole") of a.xyz is zero in every structure. Is it a label?' in said
+        assert "total_charge (key" not in said
+
+
+def test_a_split_is_written_out_and_used_again(tmp_path: Path) -> None:
+    config_file = _experiment(tmp_path, {"a": springs(n=40), "b": springs(seed=1, n=20)})
+    config = load_config(config_file)
+    first = prepare(config, tmp_path / "prepared", Terminal(), tmp_path / "split.json")
+    again = _prepare(
+        config_file,
+        'prepare.split={method="file", file="split.json"}'.replace(
+            "split.json", str(tmp_path / "split.json")
+        ),
+    )
+    one, other = (PreparedDataset(Path(r["dataset"])) for r in (first, again))
+    assert again["splits"] == first["splits"]
+    for name in ("train", "val", "test"):
+        assert sorted(one.origins(name).tolist()) == sorted(other.origins(name).tolist())
+    assert again["self_energies"] == pytest.approx(first["self_energies"], abs=1e-9)
+    written = json.loads((tmp_path / "split.json").read_text())
+    assert written["sources"] == ["a.xyz", "b.xyz"]
+    (tmp_path / "split.json").write_text(
+        json.dumps({"train": [0, 1, 2, 3], "val": [5], "test": [45]})
+    )
+    third = _prepare(
+        config_file,
+        f'prepare.split={{method="file", file="{tmp_path / "split.json"}"}}',
+        'prepare.self_energies.method="none"',
+    )
+    assert third["fingerprint"] != again["fingerprint"]
+    assert PreparedDataset(Path(third["dataset"])).origins("test").tolist() == [[1, 5]]
+
+
+def test_each_source_may_be_a_split(tmp_path: Path) -> None:
+    files = {"train": springs(n=40), "val": springs(seed=1, n=8), "test": springs(seed=2, n=9)}
+    pinned = {name: f'split = "{name}"' for name in files}
+    result = _prepare(_experiment(tmp_path, files, '[prepare.split]\nmethod = "file"\n', **pinned))
+    assert result["splits"] == {"train": 40, "val": 8, "test": 9}
+    dataset = PreparedDataset(Path(result["dataset"]))
+    for number, name in enumerate(files):
+        assert set(dataset.origins(name)[:, 0]) == {number}
+
+
+def test_coverage_by_source_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = 'dipole = { key = "dipole", unit = "e*angstrom" }'
+    config_file = _experiment(tmp_path, {"a": springs(n=20), "b": springs(seed=1, n=10)}, a=more)
+    _prepare(config_file)
+    text = capsys.readouterr().out
+    assert "labels: energy 30, forces 30, dipole 20 (66.7 %)" in text
+    assert "a.xyz, 20 structures: energy 20, forces 20, dipole 20" in text
+    assert "b.xyz, 10 structures: energy 10, forces 10\n" in text
+
+
+def test_outliers_of_the_huber_fit_are_listed_by_source_and_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = springs(n=60)
+    written.structures["energy"][17] += 1234.5
+    tail = '[prepare.self_energies]\nfit_method = "huber"\n'
+    tail += "[prepare.split]\ntrain = 1.0\nval = 0\ntest = 0\n"
+    result = _prepare(_experiment(tmp_path, {"b": springs(seed=4, n=9), "a": written}, tail))
+    worst = result["fit"]["outliers"][0]
+    assert (worst["source"], worst["source_index"]) == (1, 17)
+    assert worst["residual"] == pytest.approx(1234.5, abs=20)
+    assert "the worst a.xyz structure 17 (+12" in capsys.readouterr().out
+
+
+def test_a_prepared_dataset_is_a_source_too(tmp_path: Path) -> None:
+    written = springs(n=50)
+    first = _prepare(_experiment(tmp_path / "a", {"a": written}))
+    text = (
+        '[prepare]\nname = "y"\n[[prepare.source]]\n'
+        f'path = "{first["dataset"]}"\n'
+        'energy = { key = "energy" }\nforces = { key = "forces" }\n'
+        "[prepare.filter]\nmax_atoms = 4\n"
+    )
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.toml").write_text(text)
+    second = PreparedDataset(Path(_prepare(tmp_path / "b" / "config.toml")["dataset"]))
+    origins = np.concatenate(
+        [PreparedDataset(Path(first["dataset"])).origins(n) for n in ("train", "val", "test")]
+    )
+    kept = [i for i in range(50) if i % 3 != 2]
+    found = {int(origins[index][1]): total for (_, index), total in _totals(second).items()}
+    assert sorted(found) == kept
+    expected = written.structures["energy"][kept]
+    assert [found[i] for i in kept] == pytest.approx(expected, abs=1e-9)
+
+
+def test_memory_holds_no_more_than_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arrays of the atoms are mapped from files while a dataset is made."""
+    seen = []
+    monkeypatch.setattr(
+        "runner.prepare.write_dataset",
+        lambda path, structures, *args, **kwargs: (
+            seen.append(structures),
+            write_dataset(path, structures, *args, **kwargs),
+        ),
+    )
+    _prepare(_experiment(tmp_path, {"a": springs(n=30)}))
+    assert all(isinstance(array, np.memmap) for array in seen[0].atoms.values())
+    assert {path.suffix for path in (tmp_path / "prepared").iterdir()} == {".zarr", ".png"}
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+EV, FORCE = 'unit = "eV"', 'unit = "eV/angstrom"'
+SPICE = """
+positions = { unit = "bohr" }
+energy = { key = "dft_total_energy", unit = "hartree" }
+forces = { key = "dft_total_gradient", unit = "hartree/bohr", scale = -1 }
+dipole = { key = "scf_dipole", unit = "e*bohr" }
+quadrupole = { key = "scf_quadrupole", unit = "e*bohr**2", convention = "traced" }
+charges = { key = "mbis_charges" }
+"""
+MODELFORGE = """
+energy = { key = "internal_energy_at_0K" }
+dipole = { key = "dipole_moment_per_system" }
+charges = { key = "partial_charges" }
+"""
+ANI1X = """
+energy = { key = "wb97x_dz.energy", unit = "hartree" }
+forces = { key = "wb97x_dz.forces", unit = "hartree/angstrom" }
+dipole = { key = "wb97x_dz.dipole", unit = "e*angstrom", missing = "nan" }
+charges = { key = "wb97x_dz.cm5_charges", missing = "nan" }
+"""
+PHYSNET = """
+energy = { key = "E", unit = "eV" }
+forces = { key = "F", unit = "eV/angstrom" }
+total_charge = { key = "Q" }
+dipole = { key = "D", unit = "e*angstrom" }
+"""
+CARBENE = """
+energy = { key = "energy" }
+forces = { key = "forces" }
+dipole = { key = "dipole_moment" }
+total_charge = { key = "total_charge" }
+spin_multiplicity = { key = "spin_multiplicity" }
+"""
+
+
+def _xyz(energy: str, forces: str) -> str:
+    return f'energy = {{ key = "{energy}", {EV} }}\nforces = {{ key = "{forces}", {FORCE} }}\n'
+
+
+REAL = [
+    # file, labels, structures, rank of elements, what is warned of
+    ("ethanol_methanol/train_eth_meth.xyz", _xyz("energy", "forces"), 1300, (2, 3), "fixes"),
+    (
+        "acetylacetone/train_300K.xyz",
+        _xyz("energy", "forces"),
+        500,
+        (1, 3),
+        "fixes 8 H + 5 C + 2 O",
+    ),
+    ("solvent_clusters/solvent_xtb_test.xyz", _xyz("energy_xtb", "forces_xtb"), 1000, (3, 3), ""),
+    ("silicon_germanium/training.extxyz", _xyz("energy", "forces"), 442, (2, 2), ""),
+    ("helium_h2p/H2pHe_cc_av5z_62834.npz", PHYSNET, 62834, (1, 2), 'dipole (key "D")'),
+    ("formaldehyde/h2co_B3LYP_cc-pVDZ_4001.npz", PHYSNET, 4001, (1, 3), "fixes 2 H + C + O"),
+    ("curated_hdf5/SPICE-1.1.4_n2.hdf5", SPICE, 55, None, ""),
+    ("curated_hdf5/ani1_n5.hdf5", ANI1X, None, None, ""),
+    ("curated_hdf5/qm9_dataset_v1.1_ntc_10.hdf5", MODELFORGE, 10, None, ""),
+    ("ase_db/ase_carbene_2200.db", CARBENE, 2200, (1, 2), "fixes 2 H + C, not C and H"),
+]
+
+
+@pytest.mark.parametrize(("name", "labels", "n", "rank", "warning"), REAL)
+def test_real_files_are_prepared(
+    name: str,
+    labels: str,
+    n: int | None,
+    rank: tuple[int, int] | None,
+    warning: str,
+    tmp_path: Path,
+) -> None:
+    if not (SHARED / name).is_file():
+        pytest.skip("the shared data is not there")
+    text = f'[prepare]\nname = "x"\n[[prepare.source]]\npath = "{SHARED / name}"\n{labels}'
+    text += "[prepare.split]\ntrain = 1.0\nval = 0\ntest = 0\n"
+    (tmp_path / "config.toml").write_text(text)
+    result = _prepare(tmp_path / "config.toml")
+    if n is not None:
+        assert result["structures"] == n
+    if rank is not None:
+        assert (result["fit"]["rank"], result["fit"]["n_elements"]) == rank
+    dataset = PreparedDataset(Path(result["dataset"]))
+    said = " ".join(dataset.attributes["warnings"])
+    assert warning in said
+    span = dataset.attributes["energy_range"]
+    assert span["after"]["width"] == pytest.approx(span["before"]["width"], abs=1e-7)
+    page = (dataset.path / "self_energies.html").read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>")

@@ -12,13 +12,16 @@ from runner.config import SelfEnergiesConfig, SourceConfig
 from runner.errors import SelfEnergyError
 from runner.self_energies import (
     check_covered,
+    columns_by_level,
     compositions,
     determine_self_energies,
     fit_self_energies,
     formulas,
     in_words,
+    isolated_atoms,
     sum_of_self_energies,
     uncovered,
+    values_of_level,
 )
 
 ELEMENTS = ["H", "C", "N", "O", "Br"]
@@ -96,7 +99,7 @@ def test_what_the_data_cannot_tell_apart_is_said() -> None:
     assert (fit.rank, fit.n_elements) == (2, 3)
     assert fit.undetermined == [{"H": 1, "C": -2, "O": -2}]
     assert "determine 2 of 3 self-energies" in fit.warning()
-    assert "1 H − 2 C − 2 O" in fit.warning()
+    assert "H − 2 C − 2 O" in fit.warning()
     assert set(fit.standard_errors.values()) == {None}
     minimum_norm = np.linalg.lstsq(composition.astype(float), energies, rcond=None)[0]
     assert _values(fit) == pytest.approx(minimum_norm, abs=1e-7)
@@ -205,7 +208,7 @@ def test_compositions_formulas_and_sums() -> None:
     assert formulas(elements, composition) == ["H2O", "CH4O", "BrH"]  # Hill's order
     values = {"H": -1.0, "C": -10.0, "O": -100.0, "Br": -1000.0}
     assert sum_of_self_energies(values, elements, composition).tolist() == [-102, -114, -1001]
-    assert in_words({"H": 2, "C": -1}) == "2 H − 1 C"
+    assert in_words({"H": 2, "C": -1}) == "2 H − C"
 
 
 REAL = [  # file, rank, self-energies of H, C and O, rmse: numpy's least squares over all structures
@@ -286,3 +289,163 @@ def test_all_values_given_leaves_nothing_to_fit() -> None:
     residual = energies - composition @ PLANTED
     assert fit.rmse_after == pytest.approx(np.sqrt(np.mean(residual**2)), rel=1e-9)
     assert not uncovered(fit, ELEMENTS, composition).any()
+
+
+def test_what_the_data_fixes_is_said_in_atoms() -> None:
+    fit = fit_self_energies(np.array([[6, 2, 1], [4, 1, 1]]), np.zeros(2), ["H", "C", "O"])
+    assert fit.determined == [{"H": 2, "C": 1}, {"H": 2, "O": 1}]
+    assert "the data fixes 2 H + C, 2 H + O, not C, H and O by themselves" in fit.warning()
+    one = fit_self_energies(np.array([[4, 2]]), np.zeros(1), ["H", "C"])
+    assert one.determined == [{"H": 2, "C": 1}]
+    assert "the data fixes 2 H + C, not C and H by themselves" in one.warning()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_combinations_that_are_fixed_span_the_row_space(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rank = int(rng.integers(1, 5))
+    rows = rng.integers(0, 9, (6, rank)) @ rng.integers(0, 3, (rank, 6)) + 1
+    fit = fit_self_energies(rows, rng.normal(size=6), list("HCNOFP"))
+    fixed = np.array([[c.get(s, 0) for s in "HCNOFP"] for c in fit.determined])
+    if fit.rank == 6:
+        assert not fit.determined
+        return
+    assert len(fixed) == fit.rank == np.linalg.matrix_rank(fixed)
+    assert np.linalg.matrix_rank(np.concatenate([rows, fixed])) == fit.rank
+
+
+def test_worst_compositions_and_leaving_each_out_equal_a_naive_computation() -> None:
+    composition, energies = _data(noise=1.0)
+    energies = energies + 3.0 * composition[:, 0] * composition[:, 1]  # what no atom alone knows
+    fit = fit_self_energies(composition, energies, ELEMENTS)
+    residual = energies - composition @ _values(fit)
+    distinct = np.unique(composition, axis=0)
+    mean = {tuple(r): residual[(composition == r).all(axis=1)].mean() for r in distinct}
+    expected = sorted(mean.values(), key=abs, reverse=True)
+    found = [entry["mean_residual"] for entry in fit.worst_compositions]
+    assert found == pytest.approx(expected[: len(found)], abs=1e-7)
+    worst = fit.worst_compositions[0]
+    row = max(mean, key=lambda key: abs(mean[key]))
+    members = (composition == row).all(axis=1)
+    assert worst["formula"] == formulas(ELEMENTS, np.array([row]))[0]
+    assert worst["n_structures"] == members.sum()
+    assert worst["rms_residual"] == pytest.approx(np.sqrt(np.mean(residual[members] ** 2)))
+    errors = []
+    for left_out in distinct:
+        here = (composition == left_out).all(axis=1)
+        values = np.linalg.lstsq(composition[~here].astype(float), energies[~here], rcond=None)[0]
+        errors.append(energies[here].mean() - left_out @ values)
+    assert fit.leave_one_composition_out == {
+        "rmse": pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-8),
+        "n_compositions": len(distinct),
+        "not_determined": 0,
+    }
+
+
+def test_a_composition_that_no_other_determines_is_not_left_out() -> None:
+    composition = np.array([[2, 0, 0], [4, 0, 0], [0, 1, 1]])
+    fit = fit_self_energies(composition, np.array([-2.0, -4.5, -7.0]), ["H", "C", "O"])
+    found = fit.leave_one_composition_out
+    assert found is not None
+    assert (found["n_compositions"], found["not_determined"]) == (2, 1)
+    assert found["rmse"] == pytest.approx(np.sqrt((0.25**2 + 0.5**2) / 2))
+
+
+def test_standard_errors_agree_with_a_bootstrap() -> None:
+    composition, energies = _data(noise=1.0)
+    rng = np.random.default_rng(5)
+    draws = []
+    for _ in range(400):
+        rows = rng.integers(0, len(energies), len(energies))
+        draws.append(_values(fit_self_energies(composition[rows], energies[rows], ELEMENTS)))
+    fit = fit_self_energies(composition, energies, ELEMENTS)
+    expected = np.std(draws, axis=0)
+    assert [fit.standard_errors[s] for s in ELEMENTS] == pytest.approx(expected, rel=0.15)
+
+
+def test_huber_withstands_outliers_and_lists_them() -> None:
+    composition, energies = _data(noise=0.05)
+    wrong = [3, 50, 117, 200, 333]
+    spoiled = energies.copy()
+    spoiled[wrong] += [4e3, -2e3, 9e2, -5e2, 27.2]
+    planted = dict(zip(ELEMENTS, PLANTED, strict=True))
+    least = fit_self_energies(composition, spoiled, ELEMENTS)
+    huber = fit_self_energies(composition, spoiled, ELEMENTS, huber_epsilon=1.35)
+    assert huber.fit_method == "huber"
+    assert huber.values == pytest.approx(planted, abs=0.05)
+    assert max(abs(least.values[s] - planted[s]) for s in ELEMENTS) > 1.0
+    assert [o["index"] for o in huber.outliers[:5]] == wrong
+    assert [o["residual"] for o in huber.outliers[:5]] == pytest.approx(
+        [4e3, -2e3, 9e2, -5e2, 27.2], abs=1.0
+    )
+    assert huber.n_outliers == len(huber.outliers)
+    assert not least.outliers
+
+
+def test_huber_s_standard_errors_agree_with_a_bootstrap() -> None:
+    composition, energies = _data(noise=0.5)
+    rng = np.random.default_rng(6)
+    energies = energies + np.where(rng.random(len(energies)) < 0.05, 20 * rng.normal(size=400), 0)
+    draws = []
+    for _ in range(100):
+        rows = rng.integers(0, len(energies), len(energies))
+        fit = fit_self_energies(composition[rows], energies[rows], ELEMENTS, huber_epsilon=1.35)
+        draws.append(_values(fit))
+    fit = fit_self_energies(composition, energies, ELEMENTS, huber_epsilon=1.35)
+    expected = np.std(draws, axis=0)
+    assert [fit.standard_errors[s] for s in ELEMENTS] == pytest.approx(expected, rel=0.3)
+
+
+def test_huber_is_exact_on_exact_data_and_of_minimum_norm_where_underdetermined() -> None:
+    composition, energies = _data(noise=0.0)
+    fit = fit_self_energies(composition, energies, ELEMENTS, huber_epsilon=1.35)
+    assert _values(fit) == pytest.approx(PLANTED, abs=1e-6)
+    one = np.tile([[8, 5, 2]], (50, 1))
+    noisy = -9391.0 + np.random.default_rng(0).normal(size=50)
+    fit = fit_self_energies(one, noisy, ["H", "C", "O"], huber_epsilon=1.35)
+    assert np.linalg.matrix_rank(np.array([_values(fit), [8, 5, 2]]), tol=1e-6) == 1
+    assert _values(fit) @ [8, 5, 2] == pytest.approx(np.median(noisy), abs=0.3)
+
+
+def test_levels_of_theory_have_self_energies_of_their_own() -> None:
+    composition, energies = _data(noise=0.0)
+    level, shift = np.arange(len(energies)) % 2, 3.0 * np.arange(len(ELEMENTS))
+    total = energies + np.where(level == 1, composition @ shift, 0.0)
+    columns, wide = columns_by_level(ELEMENTS, composition, level, ["dft", "cc"])
+    assert columns == [f"{s} ({name})" for name in ("dft", "cc") for s in ELEMENTS]
+    fit = determine_self_energies(SelfEnergiesConfig(), wide, total, columns, ["dft", "cc"])
+    assert fit.rank == 2 * len(ELEMENTS)
+    first = values_of_level(fit.values, "dft", ["dft", "cc"])
+    second = values_of_level(fit.values, "cc", ["dft", "cc"])
+    assert [first[s] for s in ELEMENTS] == pytest.approx(PLANTED, abs=1e-7)
+    assert [second[s] for s in ELEMENTS] == pytest.approx(PLANTED + shift, abs=1e-7)
+    assert sum_of_self_energies(fit.values, columns, wide) == pytest.approx(total, abs=1e-7)
+    assert fit.worst_compositions[0]["formula"].endswith((" (dft)", " (cc)"))
+    assert columns_by_level(ELEMENTS, composition, level * 0, ["dft"])[0] == ELEMENTS
+
+
+def test_values_of_one_level_stay_and_the_other_is_fitted() -> None:
+    composition, energies = _data(noise=0.0)
+    level = np.arange(len(energies)) % 2
+    columns, wide = columns_by_level(ELEMENTS, composition, level, ["dft", "cc"])
+    values = {"cc": {"H": "-13 eV"}}
+    config = SelfEnergiesConfig.model_validate({"values": values})
+    fit = determine_self_energies(config, wide, energies, columns, ["dft", "cc"])
+    assert fit.values["H (cc)"] == -13.0
+    assert fit.values["H (dft)"] == pytest.approx(PLANTED[0], abs=1e-7)
+
+
+def test_isolated_atoms_are_the_lowest_of_each_element() -> None:
+    composition = np.array([[1, 0], [1, 0], [0, 1], [2, 1], [1, 0]])
+    energies = np.array([-13.0, -13.6, -1029.0, -1060.0, np.nan])
+    found = isolated_atoms(composition, energies, ["H", "C"])
+    assert found == {"H": -13.6, "C": -1029.0}
+    config = SelfEnergiesConfig(method="isolated_atoms")
+    fit = determine_self_energies(config, composition[3:4], energies[3:4], ["H", "C"], atoms=found)
+    assert (fit.method, fit.values) == ("isolated_atoms", found)
+    with pytest.raises(
+        SelfEnergyError, match=r"no structure of one neutral atom.* of C(.|\n)*give"
+    ):
+        determine_self_energies(
+            config, composition[3:4], energies[3:4], ["H", "C"], atoms={"H": -1.0}
+        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
+import lzma
 import re
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ import ase.io
 import numpy as np
 import pytest
 from ase import units as ase_units
+from ase.build import bulk
+from ase.calculators.lj import LennardJones
+from ase.data import chemical_symbols
 from molecules import random_structures, write_extxyz
 
 from runner import sources
 from runner.config import SourceConfig
-from runner.errors import SourceError
-from runner.sources import extxyz
+from runner.errors import InputError, SourceError
+from runner.sources import raw
 from runner.structures import Structures
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -106,7 +111,7 @@ def test_a_constant_for_all(tmp_path: Path) -> None:
 
 
 def test_many_chunks_files_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extxyz, "CHUNK", 3)
+    monkeypatch.setattr(raw, "CHUNK", 3)
     for name, n in (("b.xyz", 7), ("a.xyz", 4)):
         (tmp_path / name).write_text(
             "".join(ONE.replace("-1.5", f"{index}.5") for index in range(n))
@@ -129,13 +134,184 @@ def test_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     assert found.atoms["forces"][:, 2].tolist() == [1, -1, 1, -1]
 
 
-def test_a_molecule_in_a_box_is_not_periodic_but_a_crystal_is(tmp_path: Path) -> None:
-    box = 'Lattice="9 0 0 0 9 0 0 0 9"'
-    assert len(_text(tmp_path, ONE.replace("energy", f'{box} pbc="F F F" energy'))) == 1
-    for pbc in ("", 'pbc="T T F"'):
-        text = _error(tmp_path, ONE + ONE.replace("energy", f"{box} {pbc} energy"))
-        assert "the structure is periodic" in text
-        assert "structure 1 (counted from 0), line 5" in text
+@pytest.mark.parametrize(
+    ("pbc", "expected"),
+    [
+        ("", [True, True, True]),
+        ('pbc="T T F"', [True, True, False]),
+        ("pbc=FTF", [False, True, False]),
+        ('pbc="F F F"', None),
+        ("pbc=FFF", None),
+    ],
+)
+def test_a_molecule_in_a_box_is_not_periodic_but_a_crystal_is(
+    tmp_path: Path, pbc: str, expected: list[bool] | None
+) -> None:
+    crystal = ONE.replace("energy", f'Lattice="9 1 2 0 8 3 0 0 7" {pbc} energy')
+    found = _text(tmp_path, ONE + crystal, energy=ENERGY, positions={"unit": "nm"})
+    if expected is None:
+        assert "pbc" not in found.structures
+        assert "cell" not in found.structures
+        return
+    assert found.structures["pbc"].tolist() == [[False] * 3, expected]
+    cells = [np.zeros((3, 3)), 10 * np.array([[9, 1, 2], [0, 8, 3], [0, 0, 7]])]
+    assert found.structures["cell"] == pytest.approx(np.array(cells))
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ('Lattice="9 0 0 9 0 0 0 0 9"', "zero or linearly dependent"),
+        ('Lattice="9 0 0 0 9 0 0 0 0"', "zero or linearly dependent"),
+        ('Lattice="9 0 0 0 9 0 0 0 nan"', "the cell is not of finite numbers below"),
+        ('Lattice="9 0 0 0 9 0 0 0 1e200"', "the cell is not of finite numbers below"),
+        ('Lattice="9 0 0"', "the Lattice is not nine numbers"),
+        ('Lattice="9 0 0 0 9 0 0 0 9" pbc="T T"', "pbc is"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_refused(tmp_path: Path, box: str, message: str) -> None:
+    text = _error(tmp_path, ONE + ONE.replace("energy", f"{box} energy"))
+    assert message in text
+    assert "structure 1 (counted from 0), line 5" in text
+    if box.startswith('Lattice="9 0 0 0 9 0 0 0 0"'):  # along z nothing repeats
+        slab = ONE.replace("energy", f'{box} pbc="T T F" energy')
+        assert len(_text(tmp_path, slab)) == 1
+
+
+TENSOR = [[1.0, 0.1, 0.2], [0.1, 2.0, 0.3], [0.2, 0.3, 3.0]]
+NINE = '"1 0.1 0.2 0.1 2 0.3 0.2 0.3 3"'
+
+
+@pytest.mark.parametrize(
+    ("written", "order"),
+    [
+        (NINE, {}),
+        ('"1 2 3 0.3 0.2 0.1"', {"order": "xx yy zz yz xz xy"}),
+        ('"1 0.1 0.2 2 0.3 3"', {"order": "xx xy xz yy yz zz"}),
+        ('"1 2 3 0.1 0.3 0.2"', {"order": "xx yy zz yx zy zx"}),
+    ],
+)
+def test_tensors_are_read_in_the_order_that_is_declared(
+    tmp_path: Path, written: str, order: dict[str, str]
+) -> None:
+    text = ONE.replace("energy", f"s={written} energy")
+    stress = {"key": "s", "unit": "GPa", **order}
+    quadrupole = {"key": "s", "unit": "e*angstrom**2", "convention": "traced", **order}
+    found = _text(tmp_path, text, stress=stress, quadrupole=quadrupole)
+    assert found.structures["quadrupole"][0] == pytest.approx(np.array(TENSOR))
+    assert found.structures["stress"][0] == pytest.approx(
+        np.array(TENSOR) * ase_units.GPa, rel=1e-7
+    )
+
+
+def test_six_numbers_without_an_order_are_refused(tmp_path: Path) -> None:
+    text = _error(
+        tmp_path,
+        ONE.replace("energy", 's="1 2 3 4 5 6" energy'),
+        stress={"key": "s", "unit": "GPa"},
+    )
+    assert "holds an array of shape (6,), which cannot be the label stress" in text
+    assert 'order = "xx yy zz yz xz xy"' in text
+
+
+def test_a_virial_becomes_a_stress_by_the_volume(tmp_path: Path) -> None:
+    crystal = ONE.replace("energy", f'Lattice="4 0 0 1 5 0 0 0 6" v={NINE} energy')
+    stress = {"key": "v", "unit": "eV", "virial": True}
+    found = _text(tmp_path, crystal + ONE, energy=ENERGY, stress=stress)
+    assert found.structures["stress"][0] == pytest.approx(-np.array(TENSOR) / 120)
+    assert np.isnan(found.structures["stress"][1]).all()
+    text = _error(tmp_path, crystal.replace("energy", 'pbc="T T F" energy'), stress=stress)
+    assert "a virial makes a stress only in a cell that is periodic along three" in text
+
+
+def test_stress_of_a_strained_crystal_is_the_derivative_of_its_energy(tmp_path: Path) -> None:
+    crystal = bulk("Ar", "fcc", 5.1, cubic=True)
+    crystal.rattle(0.1, seed=0)
+    crystal.set_cell(crystal.cell @ np.array([[1, 0.02, 0], [0, 1.03, 0.01], [0, 0, 0.98]]), True)
+    crystal.calc = LennardJones(sigma=3.4, epsilon=0.0104, rc=8.0, smooth=True)
+    crystal.get_stress()
+    ase.io.write(tmp_path / "x.extxyz", crystal)
+    found = _read(tmp_path / "x.extxyz", stress={"key": "stress", "unit": "eV/angstrom**3"})
+    step = 1e-5
+    for i, j in ((0, 0), (1, 2), (0, 1)):
+        energies = []
+        for sign in (1, -1):
+            strain = np.eye(3)
+            strain[i, j] += sign * step / 2
+            strain[j, i] += sign * step / 2
+            moved = crystal.copy()
+            moved.set_cell(crystal.cell @ strain, scale_atoms=True)
+            moved.calc = crystal.calc
+            energies.append(moved.get_potential_energy())
+        slope = (energies[0] - energies[1]) / (2 * step) / crystal.get_volume()
+        assert found.structures["stress"][0, i, j] == pytest.approx(slope, rel=1e-4, abs=1e-8)
+    assert found.structures["cell"][0] == pytest.approx(crystal.cell.array)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}[suffix]
+    packed = pack((ONE * 50).encode())
+    path = tmp_path / f"x.extxyz{suffix}"
+    path.write_bytes(packed)
+    assert len(_read(path)) == 50
+    for damaged in (packed[:-20], packed[:20], b"2" + packed[1:]):
+        path.write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"compressed file is damaged or cut off(.|\n)*where"):
+            _read(path)
+
+
+def test_a_label_of_the_atoms_is_not_taken_for_one_of_the_structure(tmp_path: Path) -> None:
+    label = {"key": "forces", "unit": "e*angstrom"}
+    assert 'the key "forces" holds a value a' in _error(tmp_path, ONE, dipole=label)
+    text = _error(tmp_path, ONE, forces={"key": "energy", "unit": "eV/angstrom"})
+    assert 'the key "energy" holds a value a structure, which cannot be the label forces' in text
+
+
+REAL: list[tuple[str, dict[str, Any]]] = [
+    ("solvent_clusters/solvent_xtb_test.xyz", {"energy": "energy_xtb", "forces": "forces_xtb"}),
+    ("silicon_germanium/training.extxyz", {"energy": "energy", "forces": "forces"}),
+    ("small_mixed/carbon_reduced_100.xyz", {"energy": "energy", "forces": "force"}),
+    ("small_mixed/qm9_reduced_100.xyz", {"energy": "U0"}),
+    ("many_elements/small.xyz", {"energy": "energy", "forces": "forces"}),
+]
+
+
+@pytest.mark.parametrize(("name", "names"), REAL)
+def test_equal_to_ase_on_real_files_with_keys_of_their_own(
+    name: str, names: dict[str, str]
+) -> None:
+    if not (SHARED / name).is_file():
+        pytest.skip("the shared data is not there")
+    units = {"energy": "eV", "forces": "eV/angstrom", "stress": "eV/angstrom**3"}
+    labels: dict[str, Any] = {q: {"key": key, "unit": units[q]} for q, key in names.items()}
+    frames = ase.io.read(SHARED / name, ":")
+    stress = None
+    if name.startswith("small_mixed/carbon"):
+        labels["stress"] = {"key": "virial", "unit": "eV", "virial": True}
+        stress = [-a.info["virial"].reshape(3, 3) / a.get_volume() for a in frames]
+    elif any(frame.pbc.any() for frame in frames):
+        labels["stress"] = {"key": "stress", "unit": "eV/angstrom**3"}
+        stress = [a.get_stress(voigt=False) for a in frames]
+    found = _read(SHARED / name, **labels)
+    assert len(found) == len(frames)
+    rows = np.concatenate([a.positions for a in frames])
+    assert found.atoms["positions"] == pytest.approx(rows, abs=1e-9)
+    assert found.atoms["atomic_numbers"].tolist() == [z for a in frames for z in a.numbers]
+    energies = [
+        a.info[names["energy"]] if names["energy"] in a.info else a.get_potential_energy()
+        for a in frames
+    ]
+    assert found.structures["energy"] == pytest.approx(np.array(energies, float), abs=1e-9)
+    if "forces" in names:
+        key = names["forces"]
+        arrays = [a.arrays[key] if key in a.arrays else a.get_forces() for a in frames]
+        assert found.atoms["forces"] == pytest.approx(np.concatenate(arrays), abs=1e-9)
+    if stress is not None:
+        assert found.structures["stress"] == pytest.approx(np.array(stress), abs=1e-9)
+        assert found.structures["pbc"].tolist() == [a.pbc.tolist() for a in frames]
+        cells = [a.cell.array * a.pbc.any() for a in frames]
+        assert found.structures["cell"] == pytest.approx(np.array(cells), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +328,8 @@ def test_a_molecule_in_a_box_is_not_periodic_but_a_crystal_is(tmp_path: Path) ->
         (ONE + "2\n", "announces 2 atoms, and 0 lines of atoms follow"),
         (ONE + ONE[:-12], "cannot be read: expected 7 fields"),
         (ONE + ONE.replace("0.7", "o.7"), "invalid field 'o.7'"),
+        (ONE + ONE.replace("0.7", "0x.7"), "a line has a hexadecimal number"),
+        (ONE + ONE.replace("R:3 energy", "R:3energy"), "the columns .* cannot be understood"),
         (ONE + ONE.replace("H 0 0 0.7", "Hx 0 0 0.7"), '"Hx" is not an element'),
         (ONE + ONE.replace("H 0 0 0.7", "X 0 0 0.7"), '"X" is not an element'),
         (ONE + ONE.replace("0.7", "nan"), "a position is not a finite number"),
@@ -230,7 +408,7 @@ def test_groups_are_read_by_their_key(tmp_path: Path) -> None:
         ("x.extxyz", b"", "the file is empty"),
         ("nowhere/x.extxyz", None, "no data file at"),
         ("*.extxyz", None, "no data file at"),
-        ("x.dat", b"1", r"not clear from its suffix(.|\n)*\.extxyz, \.xyz(.|\n)*format: extxyz"),
+        ("x.dat", b"1", r"ASE cannot read(.|\n)*x\.dat"),
     ],
 )
 def test_files_that_cannot_be_a_source(
@@ -264,7 +442,7 @@ def test_a_file_cut_anywhere_gives_an_error_or_the_structures_before(tmp_path: P
 
 
 def test_a_file_longer_than_a_chunk(tmp_path: Path) -> None:
-    n = extxyz.CHUNK + 3
+    n = raw.CHUNK + 3
     found = _text(tmp_path, "".join(ONE.replace("-1.5", f"-{s}.5") for s in range(n)))
     assert found.structures["energy"].tolist() == [-(s + 0.5) for s in range(n)]
     assert found.structures["source_index"].tolist() == list(range(n))
@@ -351,3 +529,88 @@ def test_files_are_named_by_their_content(tmp_path: Path) -> None:
     assert file.sha256 == hashlib.sha256(ONE.encode()).hexdigest()
     assert file.bytes == len(ONE.encode())
     assert file.attributes()["name"] == "x.xyz"
+
+
+SMALL = (
+    '3\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-76.25 pbc="F F F"\n'
+    "O 0.00 0.00 0.11 0.10 0.20 0.30\nH 0.00 0.76 -0.47 -0.1 -0.2 -0.3\nH 0.0 -0.76 -0.47 0 0 0\n"
+    "1\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-13.5 note=x\nH 1 2 3 0 0 1e-3\n"
+    "2\nProperties=species:S:1:pos:R:3:forces:R:3 energy=-1.5\nH 0 0 0 0 0 1\nCl 0 0 1.3 0 0 -1\n"
+)
+
+
+def _mutated(rng: np.random.Generator, data: bytes) -> bytes:
+    """A few bytes overwritten, deleted or inserted, or the end cut off."""
+    found = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(0, len(found) + 1))
+        alphabet = b'0123456789.-+eEnaif \t\n\r"=:_HOCTFxX\x00\xff{}[],'
+        byte = alphabet[int(rng.integers(0, len(alphabet)))]
+        match int(rng.integers(0, 8)):
+            case 0 | 1 | 2:
+                found[at : at + 1] = bytes([byte])
+            case 3 | 4:
+                del found[at : at + int(rng.integers(1, 4))]
+            case 5:
+                found[at:at] = bytes([byte])
+            case 6:
+                found[at:at] = found[at : at + int(rng.integers(1, 90))]
+            case _:
+                del found[at:]
+    return bytes(found)
+
+
+def _naive(data: bytes) -> list[tuple[list[str], list[list[float]], float]]:
+    """(symbols, columns, energy) of every structure, word by word."""
+    lines = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    found = []
+    while lines:
+        n, comment = int(lines[0]), lines[1]
+        rows = [line.split() for line in lines[2 : 2 + n]]
+        energy = re.findall(r"(?:^|\s)\"?energy\"?\s*=\s*[\"\[{]?\s*([^\s\"\]}]+)", comment)
+        at, words = {}, 0
+        for name, _, width in re.findall(
+            r"(\w+):(\w):(\d+)", re.findall(r'(?i)Properties\s*=\s*"?([^\s"]+)', comment)[-1]
+        ):
+            at[name] = slice(words, words + int(width))
+            words += int(width)
+        missing = ["nan"] * 3
+        numbers = [
+            [
+                float(w)
+                for w in (*row[at["pos"]], *(row[at["forces"]] if "forces" in at else missing))
+            ]
+            for row in rows
+        ]
+        symbols = [row[at["species"]][0] for row in rows]
+        found.append((symbols, numbers, float(energy[-1]) if energy else np.nan))
+        lines = lines[2 + n :]
+    return found
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(400), pytest.param(range(400, 10_400), marks=pytest.mark.slow)]
+)
+def test_mutations_give_an_error_or_the_right_numbers(tmp_path: Path, seeds: range) -> None:
+    path, refused, read = tmp_path / "x.xyz", 0, 0
+    for seed in seeds:
+        data = _mutated(np.random.default_rng(seed), SMALL.encode())
+        path.write_bytes(data)
+        try:
+            found = _read(path, energy=ENERGY, forces=FORCES)
+        except InputError:
+            refused += 1
+            continue
+        read += 1
+        expected = _naive(data)
+        symbols = [chemical_symbols[z] for z in found.atoms["atomic_numbers"]]
+        assert symbols == [symbol for names, _, _ in expected for symbol in names], seed
+        rows = np.array([row for _, numbers, _ in expected for row in numbers])
+        both = np.concatenate([found.atoms["positions"], found.atoms["forces"]], axis=1)
+        assert np.allclose(both, rows, rtol=1e-12, atol=0, equal_nan=True), seed
+        energies = [energy for _, _, energy in expected]
+        assert np.allclose(found.structures["energy"], energies, rtol=1e-12, equal_nan=True), seed
+    assert refused > len(seeds) / 4
+    assert read > len(seeds) / 20

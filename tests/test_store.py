@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from molecules import random_structures, without
 
 from runner import store
@@ -332,7 +333,42 @@ def test_splits_that_do_not_fit_the_arrays_are_refused(
 
 
 def test_arrays_of_different_length_are_refused(tmp_path: Path, structures: Structures) -> None:
-    short = structures.atoms | {"forces": structures.atoms["forces"][:-1]}
-    broken = Structures(structures.first_atom, short, structures.structures)
+    _write(tmp_path / "x.zarr", structures)
+    zarr.open_group(tmp_path / "x.zarr", mode="r+")["atoms/forces"].resize((20, 3))
     with pytest.raises(DatasetError, match="the array atoms/forces has 20 rows instead of 21"):
-        write_dataset(tmp_path / "x.zarr", broken, ATTRIBUTES, lambda picture: picture.touch())
+        PreparedDataset(tmp_path / "x.zarr")
+
+
+def test_structures_are_stored_in_the_order_that_is_asked_for(
+    tmp_path: Path, structures: Structures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(store, "SHARD_ROWS", 4)
+    order = np.array([4, 0, 5, 1])
+    attributes = ATTRIBUTES | {"splits": {"train": [0, 3], "val": [3, 4], "test": [4, 4]}}
+    write_dataset(tmp_path / "x.zarr", structures, attributes, lambda p: p.touch(), order)
+    dataset = PreparedDataset(tmp_path / "x.zarr")
+    for split, rows in (("train", order[:3]), ("val", order[3:])):
+        found, expected = dataset.read(split), structures.take(rows)
+        for name in ("positions", "forces", "atomic_numbers"):
+            assert np.array_equal(found.atoms[name], expected.atoms[name], equal_nan=True)
+        assert np.array_equal(found.structures["energy"], expected.structures["energy"])
+        assert dataset.origins(split)[:, 1].tolist() == rows.tolist()
+
+
+def test_a_page_lies_in_the_folder(tmp_path: Path, structures: Structures) -> None:
+    path = tmp_path / "x.zarr"
+    write_dataset(path, structures, ATTRIBUTES, lambda p: p.touch(), pages={"a.html": "é"})
+    assert (path / "a.html").read_text(encoding="utf-8") == "é"
+    assert len(PreparedDataset(path).read("train")) > 0
+
+
+def test_scratch_is_gone_afterwards_and_after_a_crash(tmp_path: Path) -> None:
+    def fail() -> None:
+        with store.scratch(tmp_path) as folder:
+            (folder / "large").write_bytes(b"1")
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
+    assert not list(tmp_path.iterdir())

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from runner.config import SourceConfig
+from runner.config import SourceConfig, format_of
 from runner.errors import SourceError, did_you_mean
 from runner.fields import LABELS
-from runner.sources import extxyz
-from runner.structures import Structures, concatenate
+from runner.sources import ase_db, ase_io, deepmd, extxyz, hdf5, npz, prepared
+from runner.sources.labels import factors, to_structures
+from runner.sources.raw import Raw
+from runner.structures import Gathering, Structures
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,27 @@ class Reader:
     Attributes:
         read: (path, keys and units, group key) → the structures, some thousands at a time.
         keys: (path) → the keys that its first structure has.
+        units: (path) → the units that the file itself states, by its keys; those of the positions
+            under `positions`.
+        usual: units that the format prescribes where neither file nor config says otherwise.
     """
 
-    read: Callable[[Path, SourceConfig, str | None], Iterator[Structures]]
+    read: Callable[[Path, SourceConfig, str | None], Iterator[Raw]]
     keys: Callable[[Path], list[str]]
+    units: Callable[[Path], dict[str, str]] = lambda _: {}
+    usual: Mapping[str, str] = field(default_factory=dict)
 
 
-READERS: dict[str, Reader] = {"extxyz": Reader(extxyz.read, extxyz.keys)}
-SUFFIXES: dict[str, str] = {".extxyz": "extxyz", ".xyz": "extxyz"}
+READERS: dict[str, Reader] = {
+    "extxyz": Reader(extxyz.read, extxyz.keys),
+    "ase_db": Reader(ase_db.read, ase_db.keys, ase_db.units, ase_db.USUAL),
+    "aselmdb": Reader(ase_db.read, ase_db.keys, ase_db.units, ase_db.USUAL),
+    "ase": Reader(ase_io.read, ase_io.keys, ase_io.units, ase_io.USUAL),
+    "hdf5": Reader(hdf5.read, hdf5.keys, hdf5.units),
+    "npz": Reader(npz.read, npz.keys, npz.units),
+    "deepmd": Reader(deepmd.read, deepmd.keys, deepmd.units, deepmd.USUAL),
+    "prepared": Reader(prepared.read, prepared.keys, prepared.units, prepared.USUAL),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,10 @@ def locate(sources: Sequence[SourceConfig]) -> list[SourceFile]:
 
 
 def read(
-    files: Sequence[SourceFile], sources: Sequence[SourceConfig], group_key: str | None
+    files: Sequence[SourceFile],
+    sources: Sequence[SourceConfig],
+    group_key: str | None,
+    scratch: Path | None = None,
 ) -> Structures:
     """Read all files; `source` numbers the file and `source_index` the structure in it, from 0.
 
@@ -85,26 +103,43 @@ def read(
         files: as `locate` found them.
         sources: the sections that name them.
         group_key: key in the files of the group that a structure belongs to, if any.
+        scratch: folder in whose files the arrays are put together; in memory if None.
 
     Raises:
         SourceError: a damaged file, a label that no structure of a source has, a value that
             cannot be.
     """
-    parts = []
+    gathering = Gathering(scratch)
+    found: dict[tuple[int, str], bool] = {}  # (section, label) → whether some structure has it
     for number, file in enumerate(files):
         config = sources[file.section]
-        index = 0
-        for part in _reader(file.path, config).read(file.path, config, group_key):
+        for part in _read_file(file.path, config, group_key):
             part.structures["source"] = np.full(len(part), number, np.int16)
-            part.structures["source_index"] = index + np.arange(len(part), dtype=np.int64)
-            index += len(part)
-            parts.append(part)
-    structures = concatenate(parts)
-    for section, config in enumerate(sources):
-        mine = [number for number, file in enumerate(files) if file.section == section]
-        first = files[mine[0]].path
-        _check_labels_found(structures, mine, config, first, _reader(first, config).keys(first))
+            gathering.append(part)
+            for name in config.labels:
+                array = (part.atoms if LABELS[name].per == "atom" else part.structures)[name]
+                here = bool(np.isfinite(array).any())
+                found[file.section, name] = found.get((file.section, name), False) or here
+    structures = gathering.structures()
+    for (section, name), here in found.items():
+        if not here:
+            first = next(file.path for file in files if file.section == section)
+            _refuse_label(name, sources[section], first)
     return structures
+
+
+def _read_file(path: Path, config: SourceConfig, group_key: str | None) -> Iterator[Structures]:
+    """The structures of one file in the program's units, some thousands at a time."""
+    reader = _reader(path, config)
+    units = factors(path, config, reader.units(path), reader.usual)
+    index = 0
+    for raw in reader.read(path, config, group_key):
+        part = to_structures(raw, config, units)
+        part.structures["source_index"] = index + np.arange(len(part), dtype=np.int64)
+        index += len(part)
+        yield part
+    if index == 0:
+        raise SourceError("there are no structures in the file", where=str(path))
 
 
 def _paths(config: SourceConfig) -> list[Path]:
@@ -114,7 +149,7 @@ def _paths(config: SourceConfig) -> list[Path]:
         matches = [pattern]
         if glob.has_magic(pattern):
             matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute pattern)
-        files = [Path(match).resolve() for match in matches if Path(match).is_file()]
+        files = [Path(match).resolve() for match in matches if _is_source(Path(match), config)]
         if not files:
             raise SourceError(
                 f"no data file at {Path(pattern).resolve()}",
@@ -125,50 +160,46 @@ def _paths(config: SourceConfig) -> list[Path]:
     return found
 
 
+def _is_source(path: Path, config: SourceConfig) -> bool:
+    """Whether there is a file, or a folder of a format that keeps its data in one."""
+    in_folders = ("deepmd", "prepared")
+    return path.is_file() or (path.is_dir() and format_of(str(path), config.format) in in_folders)
+
+
 def _hashed(path: Path, section: int) -> SourceFile:
-    size = path.stat().st_size
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in files)
     if size == 0:
         raise SourceError("the file is empty", where=str(path))
+    if path.is_file():
+        return SourceFile(path, section, size, _sha256(path))
+    names = "".join(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n" for file in files)
+    return SourceFile(path, section, size, hashlib.sha256(names.encode()).hexdigest())
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return SourceFile(path, section, size, hashlib.file_digest(file, "sha256").hexdigest())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reader(path: Path, config: SourceConfig) -> Reader:
-    try:
-        return READERS[config.format or SUFFIXES[path.suffix]]
-    except KeyError:
-        raise SourceError(
-            f'the format of "{path.name}" is not clear from its suffix',
-            where=str(path),
-            allowed=f"suffixes {', '.join(SUFFIXES)}",
-            remedy=f"give the source a format: {', '.join(READERS)}",
-        ) from None
+    return READERS[format_of(str(path), config.format)]
 
 
-def _check_labels_found(
-    structures: Structures,
-    files: Sequence[int],
-    config: SourceConfig,
-    first: Path,
-    keys: Sequence[str],
-) -> None:
+def _refuse_label(name: str, config: SourceConfig, path: Path) -> NoReturn:
     """A label that no structure of a source has is a misspelt key."""
-    mine = np.isin(structures.structures["source"], files)
-    rows_of = {"structure": mine, "atom": np.repeat(mine, np.diff(structures.first_atom))}
-    for name, label in config.labels.items():
-        per = LABELS[name].per
-        array = (structures.atoms if per == "atom" else structures.structures)[name]
-        if np.isfinite(array[rows_of[per]]).any():
-            continue
-        if label.key in keys:
-            what = f'the label {name}, key "{label.key}", is missing in every structure'
-        else:
-            hint = did_you_mean(str(label.key), keys)
-            what = f'no structure has the label {name} under the key "{label.key}"'
-            what += f"; {hint}" if hint else ""
-        raise SourceError(
-            what,
-            where=str(first),
-            allowed=f"the keys in the file: {', '.join(keys)}",
-            remedy=f"correct the key of {name}, or take {name} out of the source",
-        )
+    label, keys = config.labels[name], _reader(path, config).keys(path)
+    if label.key in keys:
+        what = f'the label {name}, key "{label.key}", is missing in every structure'
+    else:
+        hint = did_you_mean(str(label.key), keys)
+        what = f'no structure has the label {name} under the key "{label.key}"'
+        what += f"; {hint}" if hint else ""
+    raise SourceError(
+        what,
+        where=str(path),
+        allowed=f"the keys in the file: {', '.join(keys)}",
+        remedy=f"correct the key of {name}, or take {name} out of the source",
+    )

@@ -7,75 +7,103 @@ the lines between them) is read here first, in step with the parser.
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import lzma
 import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from extxyz import cextxyz
 
-from runner.config import SourceConfig
-from runner.errors import SourceError, did_you_mean
-from runner.fields import LABELS, POSITIONS, Field
-from runner.sources.labels import check_positions, converted, elements_of
-from runner.structures import Structures
-from runner.units import conversion_factor
+from runner.config import COMPRESSED, SourceConfig
+from runner.errors import SourceError
+from runner.sources.raw import Frame, Raw, as_numbers, from_frames
 
-CHUNK = 4096  # structures
+COLUMNS = r"(\w+:[SIRL]:\d+(:|$))*"
+STRANGE = re.compile(rb"\b0[xX]|\0")  # the parser, being C, would make something of them
 _PARSER = threading.Lock()  # it is not made for several threads
 
 
-@dataclass(frozen=True)
-class _Frame:
-    """One structure as it stands in the file."""
+def read(path: Path, config: SourceConfig, group_key: str | None) -> Iterator[Raw]:
+    """The structures of a file, in its order, some thousands at a time.
 
-    path: Path
-    index: int
-    line: int
+    Args:
+        path: the file; gzip and xz are told from the suffix.
+        config: keys of the labels.
+        group_key: key of the comment line that names each structure's group, if any.
+
+    Raises:
+        SourceError: a file that is damaged or cut off.
+    """
+    wanted = {str(label.key) for label in config.labels.values()}
+    with _uncompressed(path) as plain:
+        frames = (_frame(parsed, wanted) for parsed in _parsed(path, plain))
+        yield from from_frames(frames, config, group_key)
+
+
+def keys(path: Path) -> list[str]:
+    """The keys that the first structure of a file has."""
+    with _uncompressed(path) as plain:
+        first = next(_parsed(path, plain))
+    known = {"Properties", "Lattice", "pbc", "species", "pos"}
+    return [key for key in (*first.info, *first.arrays) if key not in known]
+
+
+@contextlib.contextmanager
+def _uncompressed(path: Path) -> Iterator[Path]:
+    """A file that the parser can open: a compressed one is unpacked for the while."""
+    if path.suffix not in COMPRESSED:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="runner-") as folder:
+        plain = Path(folder) / path.stem
+        try:
+            with _opened(path) as packed, plain.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise SourceError(
+                f"the compressed file is damaged or cut off: {error}", where=str(path)
+            ) from None
+        yield plain
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else lzma.open(path, "rb")
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """One structure as the parser gives it."""
+
+    where: str
     n_atoms: int
     comment: str
     info: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
-    @property
-    def where(self) -> str:
-        return f"{self.path}, structure {self.index} (counted from 0), line {self.line}"
 
-
-def read(path: Path, config: SourceConfig, group_key: str | None) -> Iterator[Structures]:
-    """The structures of a file, in its order, some thousands at a time.
-
-    Args:
-        path: the file.
-        config: keys and units of the labels.
-        group_key: key of the comment line that names each structure's group, if any.
-
-    Raises:
-        SourceError: a file that is damaged or cut off, an unknown element, a periodic structure,
-            a value that is no finite number.
-    """
-    frames = _frames(path)
-    while chunk := list(islice(frames, CHUNK)):
-        yield _structures(chunk, config, group_key)
-
-
-def keys(path: Path) -> list[str]:
-    """The keys that the first structure of a file has."""
-    first = next(_frames(path))
-    known = {"Properties", "Lattice", "pbc", "species", "pos"}
-    return [key for key in (*first.info, *first.arrays) if key not in known]
-
-
-def _frames(path: Path) -> Iterator[_Frame]:
+def _parsed(path: Path, plain: Path) -> Iterator[_Parsed]:
     """Parse a file; every structure that the file announces comes out, or an error."""
-    file = cextxyz.cfopen(str(path), "r")
+    file = cextxyz.cfopen(str(plain), "r")
     try:
-        for index, (line, n_atoms, comment) in enumerate(_outline(path)):
+        for index, (line, n_atoms, comment) in enumerate(_outline(path, plain)):
             where = f"{path}, structure {index} (counted from 0), line {line}"
+            if not re.fullmatch(COLUMNS, _properties(comment)):  # the parser reads on regardless
+                raise SourceError(
+                    f'the columns "{_properties(comment)}" cannot be understood',
+                    where=where,
+                    allowed="Properties=species:S:1:pos:R:3 and more of name:type:number, a space "
+                    "after it",
+                )
             start = cextxyz.cftell(file)
             # integers are kept in 32 bits and wrap round, reals are not
             instead = _retyped(comment, "I", "R") if ":I:" in comment else None
@@ -84,7 +112,7 @@ def _frames(path: Path) -> Iterator[_Frame]:
             except (cextxyz.ExtXYZError, EOFError, ValueError) as error:
                 cextxyz.cfseek(file, start, 0)
                 info, arrays = _with_not_a_number(file, comment, where, error)
-            yield _Frame(path, index, line, n_atoms, comment, info, arrays)
+            yield _Parsed(where, n_atoms, comment, info, arrays)
     finally:
         cextxyz.cfclose(file)
 
@@ -96,10 +124,10 @@ def _parse(file: Any, comment: str | None) -> tuple[dict[str, Any], dict[str, np
     return info, arrays
 
 
-def _outline(path: Path) -> Iterator[tuple[int, int, str]]:
+def _outline(path: Path, plain: Path) -> Iterator[tuple[int, int, str]]:
     """(line, number of atoms, comment line) of every structure that a file announces."""
     line = 0
-    with path.open("rb") as file:
+    with plain.open("rb") as file:
         for index, head in enumerate(file):
             where = f"{path}, structure {index} (counted from 0), line {line + 1}"
             if not head.strip():
@@ -115,12 +143,20 @@ def _outline(path: Path) -> Iterator[tuple[int, int, str]]:
                 )
             n_atoms = int(head)
             comment = next(file, b"")
-            found = sum(1 for row in islice(file, n_atoms) if row.strip())
+            rows = [row for row in islice(file, n_atoms) if row.strip()]
+            found = len(rows)
             if found < n_atoms:
                 raise SourceError(
                     f"the structure announces {n_atoms} atoms, and {found} lines of atoms follow",
                     where=where,
                     remedy="the file is cut off, or the number of atoms is wrong",
+                )
+            strange = next(filter(STRANGE.search, [comment, *rows]), None)
+            if strange is not None:
+                raise SourceError(
+                    "a line has a hexadecimal number or a NUL character: "
+                    + repr(_text(strange))[:80],
+                    where=where,
                 )
             yield line + 1, n_atoms, _text(comment)
             line += n_atoms + 2
@@ -152,7 +188,7 @@ def _with_not_a_number(
 
 def _properties(comment: str) -> str:
     """The description of the columns in a comment line."""
-    found = re.search(r'Properties="?([^\s"]+)', comment)
+    found = re.search(r'Properties="?([^\s"]+)', comment, re.IGNORECASE)
     return found[1] if found else ""
 
 
@@ -164,118 +200,66 @@ def _retyped(comment: str, old: str, new: str) -> str:
     return comment.replace(properties, properties.replace(f":{old}:", f":{new}:"))
 
 
-def _structures(frames: list[_Frame], config: SourceConfig, group_key: str | None) -> Structures:
-    """Many parsed structures as flat arrays in eV, Å and e."""
-    counts = np.array([frame.n_atoms for frame in frames], np.int64)
-
-    def where(index: int) -> str:
-        return frames[index].where
-
-    for frame in frames:
-        _check_frame(frame)
-    positions = np.concatenate([frame.arrays["pos"] for frame in frames]).astype(np.float64)
-    check_positions(positions, counts, where)
-    atoms: dict[str, np.ndarray] = {
-        "atomic_numbers": elements_of(
-            np.concatenate([frame.arrays["species"] for frame in frames]), counts, where
-        ),
-        "positions": positions * conversion_factor(config.positions.unit, POSITIONS.unit),
-    }
-    structures: dict[str, np.ndarray] = {}
-    for name, label in config.labels.items():
-        quantity = LABELS[name]
-        found = [_value(frame, quantity, label.key, label.value) for frame in frames]
-        present = np.array([value is not None for value in found])
-        shapes = [
-            (n, *quantity.shape) if quantity.per == "atom" else (1, *quantity.shape) for n in counts
-        ]
-        values = np.concatenate(
-            [
-                np.full(shape, np.nan) if value is None else value.reshape(shape)
-                for value, shape in zip(found, shapes, strict=True)
-            ]
-        )
-        table = atoms if quantity.per == "atom" else structures
-        table[name] = converted(quantity, label, values, present, counts, where)
-    group = [_group(frame, group_key) for frame in frames] if group_key else None
-    first_atom = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Structures(first_atom, atoms, structures, group)
-
-
-def _check_frame(frame: _Frame) -> None:
-    """Refuse what this reader does not understand."""
+def _frame(parsed: _Parsed, wanted: Collection[str]) -> Frame:
+    """One structure, what is wanted of it free of the parser's peculiarities."""
     for name, what in (("species", "chemical symbols"), ("pos", "positions")):
-        if name not in frame.arrays:
+        if name not in parsed.arrays:
             raise SourceError(
                 f'there is no column "{name}" with the {what}',
-                where=frame.where,
-                allowed=f"the columns {', '.join(frame.arrays)} are there",
+                where=parsed.where,
+                allowed=f"the columns {', '.join(parsed.arrays)} are there",
             )
-    if len(frame.arrays["pos"]) != frame.n_atoms or frame.arrays["pos"].shape[1:] != (3,):
-        raise SourceError('the column "pos" is not three numbers an atom', where=frame.where)
-    periodic = np.any(frame.info.get("pbc", "Lattice" in frame.info))
-    if periodic:
-        raise SourceError(
-            "the structure is periodic, and periodic structures cannot be prepared yet",
-            where=frame.where,
-            remedy='for a molecule in a box write pbc="F F F" in the comment line',
-        )
-
-
-def _value(
-    frame: _Frame, quantity: Field, key: str | None, constant: float | None
-) -> np.ndarray | None:
-    """One label of one structure as float64, or None where the structure lacks it."""
-    per_atom = quantity.per == "atom"
-    shape = (frame.n_atoms, *quantity.shape) if per_atom else quantity.shape
-    if constant is not None:
-        return np.full(shape, constant)
-    assert key is not None
-    raw = (frame.arrays if per_atom else frame.info).get(key)
-    if raw is None:
-        return None
-    if isinstance(raw, str) and "_" in raw:
-        _refuse(frame, quantity, key, repr(raw))  # Python would read 1_000 as a number
-    if isinstance(raw, str) and " " in raw:
-        raw = raw.split()  # the parser leaves an array with a "nan" in it as text
-    try:
-        value = np.asarray(raw)
-        if value.dtype.kind == "i":
-            _check_integers(value, frame, key)
-        if value.dtype.kind == "b":
-            raise ValueError
-        value = value.astype(np.float64)
-    except ValueError:
-        _refuse(frame, quantity, key, f"{raw!r}")
-    if value.shape != shape and value.size != np.prod(shape, dtype=int):
-        _refuse(frame, quantity, key, f"an array of shape {value.shape}")
-    return value
-
-
-def _check_integers(value: np.ndarray, frame: _Frame, key: str) -> None:
-    """The parser keeps integers in 32 bits and wraps larger ones round: compare with the text."""
-    pattern = rf"""(?:^|\s)["']?{re.escape(key)}["']?\s*=\s*("[^"]*"|\[[^=]*\]|{{[^}}]*}}|\S+)"""
-    texts = re.findall(pattern, frame.comment)
-    written = [float(number) for number in re.findall(r"[-+]?\d+", texts[-1])] if texts else []
-    if written != value.ravel().tolist():
-        raise ValueError
-
-
-def _refuse(frame: _Frame, quantity: Field, key: str, found: str) -> NoReturn:
-    size = f"an array of shape {quantity.shape}" if quantity.shape else "one number"
-    raise SourceError(
-        f'the key "{key}" holds {found}, which cannot be the label {quantity.name}',
-        where=frame.where,
-        allowed=f"{size} {'an atom' if quantity.per == 'atom' else 'a structure'}",
+    positions = parsed.arrays["pos"]
+    if positions.shape != (parsed.n_atoms, 3):
+        raise SourceError('the column "pos" is not three numbers an atom', where=parsed.where)
+    cell, pbc = _box(parsed)
+    present = {key: _unfolded(parsed, key) for key in parsed.info if key in wanted}
+    return Frame(
+        where=parsed.where,
+        species=parsed.arrays["species"],
+        positions=positions.astype(np.float64),
+        per_structure=parsed.info | present,
+        per_atom=parsed.arrays,
+        cell=cell,
+        pbc=pbc,
     )
 
 
-def _group(frame: _Frame, key: str) -> str:
-    if key not in frame.info:
-        hint = did_you_mean(key, frame.info)
+def _box(parsed: _Parsed) -> tuple[np.ndarray, np.ndarray]:
+    """Lattice vectors as rows, and along which of them the structure is periodic."""
+    has_lattice = "Lattice" in parsed.info
+    lattice = as_numbers(_unfolded(parsed, "Lattice")) if has_lattice else np.zeros((3, 3))
+    if lattice is None or lattice.shape != (3, 3):
+        raise SourceError("the Lattice is not nine numbers", where=parsed.where)
+    pbc: Any = parsed.info.get("pbc", np.full(3, has_lattice))
+    if isinstance(pbc, str) and re.fullmatch("[TF]{3}", pbc):
+        pbc = np.array([letter == "T" for letter in pbc])
+    pbc = np.asarray(pbc)
+    if pbc.dtype.kind != "b" or pbc.shape != (3,):
         raise SourceError(
-            f'the structure has no key "{key}" to group by' + (f"; {hint}" if hint else ""),
-            where=frame.where,
-            remedy="correct prepare.split.group_by",
+            f"pbc is {parsed.info['pbc']!r}", where=parsed.where, allowed='for example "T T F"'
         )
-    return str(frame.info[key])
+    return lattice, pbc
+
+
+def _unfolded(parsed: _Parsed, key: str) -> Any:
+    """A value of the comment line as it was meant.
+
+    The parser gives a matrix by columns, keeps integers in 32 bits and wraps larger ones round, and
+    leaves an array with a "nan" in it as text.
+    """
+    raw = parsed.info[key]
+    if isinstance(raw, str) and " " in raw:
+        raw = raw.split()
+        return np.reshape(raw, (3, 3)) if len(raw) == 9 else raw
+    value = np.asarray(raw)
+    if value.dtype.kind == "i" and not _as_written(value, parsed.comment, key):
+        return "an integer of more than 32 bits"  # a text, which no label can be
+    return value.T if value.shape == (3, 3) else raw
+
+
+def _as_written(value: np.ndarray, comment: str, key: str) -> bool:
+    pattern = rf"""(?:^|\s)["']?{re.escape(key)}["']?\s*=\s*("[^"]*"|\[[^=]*\]|{{[^}}]*}}|\S+)"""
+    texts = re.findall(pattern, comment)
+    written = [float(number) for number in re.findall(r"[-+]?\d+", texts[-1])] if texts else []
+    return bool(written == value.T.ravel().tolist())

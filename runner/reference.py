@@ -1,0 +1,120 @@
+"""The reference of the config, written from its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from runner.config import (
+    FilterConfig,
+    LabelConfig,
+    PositionsConfig,
+    PrepareConfig,
+    QuadrupoleConfig,
+    SelfEnergiesConfig,
+    SourceConfig,
+    SplitConfig,
+    StressConfig,
+)
+from runner.fields import LABELS, POSITIONS
+
+TABLES: dict[str, type[BaseModel]] = {
+    "[prepare]": PrepareConfig,
+    "[[prepare.source]]": SourceConfig,
+    "A label of a source": LabelConfig,
+    "More keys of `stress`": StressConfig,
+    "More keys of `quadrupole`": QuadrupoleConfig,
+    "`positions` of a source": PositionsConfig,
+    "[prepare.self_energies]": SelfEnergiesConfig,
+    "[prepare.split]": SplitConfig,
+    "[prepare.filter]": FilterConfig,
+}
+"""Headings of the reference and the class that each tells of."""
+
+SIMPLE = {
+    "string": "text",
+    "number": "number",
+    "integer": "whole number",
+    "boolean": "true or false",
+}
+
+
+def prepare_reference() -> str:
+    """All keys of `[prepare]` in Markdown: what may be written, what is meant without, what for."""
+    lines: list[str] = []
+    for heading, section in TABLES.items():
+        lines += [
+            "",
+            f"### {heading if '`' in heading or '[' not in heading else f'`{heading}`'}",
+            "",
+        ]
+        lines += [_about(section), ""] if section.__doc__ else []
+        lines += _table(section)
+    lines += ["", "### The labels and their units", "", *_labels()]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _about(section: type[BaseModel]) -> str:
+    return (section.__doc__ or "").strip().replace("\n", " ")
+
+
+def _table(section: type[BaseModel]) -> Iterator[str]:
+    """A row a key; of a class that adds keys to those of a label, only those that it adds."""
+    schema = section.model_json_schema()
+    below = set(LabelConfig.model_fields) if issubclass(section, LabelConfig) else set()
+    below -= set(section.model_fields) if section is LabelConfig else set()
+    yield "| key | what | default | meaning |"
+    yield "|---|---|---|---|"
+    for key, entry in schema["properties"].items():
+        if key not in below:
+            needed = key in schema.get("required", [])
+            default = "needed" if needed else _default(entry.get("default"))
+            about = " ".join(entry.get("description", "").split())
+            yield f"| `{key}` | {_kind(entry, schema)} | {default} | {about} |".replace(
+                "|  |", "| |"
+            )
+
+
+def _default(value: Any) -> str:
+    if value is None or value == {}:
+        return ""
+    if isinstance(value, Mapping):
+        return "see below"
+    return f"`{json.dumps(value)}`"
+
+
+def _kind(entry: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
+    """What may be written for a key, in words."""
+    if "enum" in entry:
+        return ", ".join(f'`"{value}"`' for value in entry["enum"])
+    if "const" in entry:
+        return f'`"{entry["const"]}"`'
+    if "anyOf" in entry:
+        kinds = [_kind(one, schema) for one in entry["anyOf"] if one.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kinds))
+    if "$ref" in entry:
+        return "table"
+    if entry.get("type") == "array":
+        return f"list of {_kind(entry['items'], schema)}s"
+    if entry.get("type") == "object":
+        inner = entry.get("additionalProperties")
+        return f"table of {_kind(inner, schema)}" if isinstance(inner, Mapping) else "table"
+    if "examples" in entry:
+        return f'quantity, such as `"{entry["examples"][0]}"`'
+    return SIMPLE.get(str(entry.get("type")), "value")
+
+
+def _labels() -> Iterator[str]:
+    yield "| label | of | shape | inside the program | without a unit | meaning |"
+    yield "|---|---|---|---|---|---|"
+    for field in (POSITIONS, *LABELS.values()):
+        shape = " × ".join(map(str, field.shape)) or "number"
+        assumed = f"`{field.unit}`" if field.assumed_unit and field.unit else ""
+        assumed = assumed or (
+            "a number" if field.assumed_unit else "an error, unless the file says"
+        )
+        unit = f"`{field.unit}`" if field.unit else ""
+        yield f"| `{field.name}` | {field.per} | {shape} | {unit} | {assumed} | {field.meaning} |"

@@ -1,0 +1,140 @@
+"""Another prepared dataset: its self-energies are added back, so that energies are absolute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from runner.config import LabelConfig, SourceConfig
+from runner.errors import DatasetError, SourceError
+from runner.fields import LABELS, Field
+from runner.self_energies import compositions, sum_of_self_energies
+from runner.sources.raw import Raw, as_numbers, refusal
+from runner.store import PreparedDataset
+from runner.structures import Structures
+
+USUAL: dict[str, str] = {}
+"""Nothing: a dataset states its units."""
+
+
+def read(path: Path, config: SourceConfig, group_key: str | None) -> Iterator[Raw]:
+    """The structures of a dataset, split by split, in their stored order.
+
+    Args:
+        path: its folder.
+        config: keys of the labels, which are their names.
+        group_key: `split` makes groups of its splits; there are no others.
+
+    Raises:
+        SourceError: another group; a key that cannot be the label it is said to be.
+        DatasetError: it is damaged, or lacks a self-energy.
+    """
+    if group_key not in (None, "split"):
+        raise SourceError(
+            f'a prepared dataset has no key "{group_key}" to group by',
+            where=str(path),
+            allowed='"split", "formula", "source"',
+        )
+    dataset = PreparedDataset(path)
+    for split, (start, stop) in dataset.attributes["splits"].items():
+        if stop > start:
+            yield _raw(dataset, split, config, grouped=group_key is not None)
+
+
+def keys(path: Path) -> list[str]:
+    """The labels that a dataset has."""
+    return [name for name in LABELS if name in PreparedDataset(path).labels]
+
+
+def units(path: Path) -> dict[str, str]:
+    """The units that a dataset states of its arrays."""
+    found = PreparedDataset(path).attributes.get("units", {})
+    return {str(name): str(unit) for name, unit in found.items() if unit}
+
+
+def _raw(dataset: PreparedDataset, split: str, config: SourceConfig, *, grouped: bool) -> Raw:
+    """One split, its energies absolute."""
+    part = dataset.read(split)
+    if "energy" in part.structures:
+        part.structures["energy"] += self_energies(dataset, part)
+
+    def where(index: int) -> str:
+        return f"{dataset.path}, split {split}, structure {index} (counted from 0)"
+
+    labels = {
+        name: _label(part, LABELS[name], label, where(0)) for name, label in config.labels.items()
+    }
+    return Raw(
+        counts=np.diff(part.first_atom),
+        species=part.atoms["atomic_numbers"],
+        positions=part.atoms["positions"],
+        labels=labels,
+        present={
+            name: _present(values, part if LABELS[name].per == "atom" else None)
+            for name, values in labels.items()
+        },
+        where=where,
+        cell=part.structures.get("cell"),
+        pbc=part.structures.get("pbc"),
+        group=[split] * len(part) if grouped else None,
+    )
+
+
+def _label(part: Structures, quantity: Field, label: LabelConfig, where: str) -> np.ndarray:
+    """(n_atoms or n_structures, …), NaN where there is none."""
+    tables = {"atom": part.atoms, "structure": part.structures}
+    inner = label.stored_shape(quantity)
+    shape = (part.n_atoms if quantity.per == "atom" else len(part), *inner)
+    if label.value is not None:
+        return np.full(shape, label.value)
+    key = str(label.key)
+    if key not in part.atoms and key not in part.structures:
+        return np.full(shape, np.nan)
+    values = as_numbers(tables[quantity.per].get(key))
+    if values is None or values.shape != shape:
+        found = part.atoms[key] if key in part.atoms else part.structures[key]
+        raise refusal(quantity, key, f"an array of {found.dtype}, shape {found.shape}", where)
+    return values
+
+
+def _present(values: np.ndarray, part: Structures | None) -> np.ndarray:
+    """Which structures have a label: NaN in the store means that there is none."""
+    known: np.ndarray = ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
+    if part is not None:
+        known = np.logical_and.reduceat(known, part.first_atom[:-1])
+    return known
+
+
+def self_energies(
+    dataset: PreparedDataset, part: Structures
+) -> Float64[np.ndarray, " n_structures"]:
+    """What was subtracted from the energies of some structures of a dataset, eV.
+
+    Raises:
+        DatasetError: an element without a self-energy.
+    """
+    elements, composition = compositions(part.first_atom, part.atoms["atomic_numbers"])
+    by_level: dict[str, Any] = dataset.attributes.get("self_energies_by_level", {})
+    levels = dataset.attributes.get("levels", [""])
+    level = part.structures.get("level", np.zeros(len(part), np.int16))
+    total = np.zeros(len(part))
+    for number in np.unique(level).tolist():
+        values = dataset.attributes.get("self_energies", {})
+        if by_level:
+            values = by_level.get(levels[number], {}) if number < len(levels) else {}
+        rows = level == number
+        seen = composition[rows].any(axis=0)
+        names = [symbol for symbol, here in zip(elements, seen, strict=True) if here]
+        missing = [symbol for symbol in names if symbol not in values]
+        if missing:
+            raise DatasetError(
+                f"the prepared dataset has no self-energy for {', '.join(missing)}",
+                where=str(dataset.path),
+                remedy="delete this folder and run `runner prepare` again",
+            )
+        total[rows] = sum_of_self_energies(values, names, composition[rows][:, seen])
+    return total
