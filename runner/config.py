@@ -288,10 +288,10 @@ class SelfEnergiesConfig(Section):
     """Given self-energies by element, or by level of theory and element; with `fit` these stay and
     the rest are fitted, with `isolated_atoms` they stand in for atoms that are not there."""
     fit_method: Literal["least_squares", "huber"] = "least_squares"
-    """`huber`: outliers pull the fit no further than `huber_epsilon` standard deviations, and are
-    listed."""
+    """`huber`: a residual pulls the fit no harder than `huber_epsilon` scales do, the scale being
+    fitted with it; outliers, five scales off, are listed."""
     huber_epsilon: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.35
-    """Residual, in units of the fitted scale, beyond which a structure is an outlier."""
+    """Residual, in units of the fitted scale, from which Huber's function is linear."""
     if_underdetermined: Literal["minimum_norm", "error"] = "minimum_norm"
     """What to do where compositions cannot tell the elements apart."""
 

@@ -20,6 +20,7 @@ from runner.errors import SelfEnergyError
 
 ROW_SPACE_TOLERANCE = 1e-8  # of a composition's length: how much of it may lie outside
 SMALLEST_SCALE = 1e-6  # eV; residuals below it are no more than what energies are written with
+OUTLIER = 5.0  # scales of Huber's fit between a structure and the fit that make it an outlier
 MOST_COMPOSITIONS = 20  # listed as fitted worst
 MOST_OUTLIERS = 200  # listed by number
 
@@ -50,8 +51,8 @@ class SelfEnergyFit:
         leave_one_composition_out: how far off the mean energy of a composition is when the fit has
             not seen it, eV (`rmse` over the compositions that the others determine, and how many
             those are; `not_determined` are the others).
-        outliers: structures beyond the Huber fit's threshold, worst first, by their number among
-            those fitted, with their residual, eV.
+        outliers: structures more than `OUTLIER` scales from the Huber fit, worst first, by their
+            number among those fitted, with their residual, eV.
         n_outliers: how many there are; `outliers` lists the worst of them.
         row_space: orthonormal basis of the compositions that the fit covers, over `elements`.
         elements: symbols of all elements that have a value, the order of the columns.
@@ -421,7 +422,7 @@ def _least_squares(rows: np.ndarray, means: np.ndarray, weights: np.ndarray) -> 
 @dataclass(frozen=True)
 class _Robust:
     """Huber's fit: its solution, eV; the variance of a residual that stands for it in the standard
-    errors, eV²; the structures beyond its threshold, worst first."""
+    errors, eV²; the outliers, worst first."""
 
     solution: np.ndarray
     variance: float
@@ -463,7 +464,8 @@ def _huber(
     n, rank = len(targets), len(basis)
     share = max(float(inside.mean()), 1 / n)
     variance = float(psi @ psi) / (n - rank) / share**2 if n > rank else np.nan
-    worst = np.flatnonzero(~inside)[np.argsort(-np.abs(residual[~inside]), kind="stable")]
+    far = np.abs(residual) > OUTLIER * s
+    worst = np.flatnonzero(far)[np.argsort(-np.abs(residual[far]), kind="stable")]
     outliers = [{"index": int(i), "residual": float(residual[i])} for i in worst]
     return _Robust(solution, variance, outliers)
 

@@ -26,7 +26,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from runner.errors import DatasetError
 from runner.structures import Structures, ragged_rows
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TRANSFORMATION_VERSION = 2  # raise when the same input would give other numbers
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 20
@@ -88,6 +88,7 @@ def write_dataset(
             group = zarr.open_group(aside, mode="w-", zarr_format=3)
             group.attrs.update(dict(attributes))
             _write_arrays(group, structures, np.arange(len(structures)) if order is None else order)
+            group.attrs["checksum"] = _checksum(aside)
         for name, text in (pages or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         PreparedDataset(aside)  # what cannot be opened does not get its name
@@ -98,6 +99,20 @@ def write_dataset(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         picture.unlink(missing_ok=True)
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of all that describes a dataset: its attributes, and the arrays' shapes and types.
+
+    Chunks carry checksums of their own.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("zarr.json")):
+        description = json.loads(file.read_text(encoding="utf-8"))
+        description.get("attributes", {}).pop("checksum", None)
+        text = json.dumps(description, sort_keys=True)
+        digest.update(f"{file.relative_to(path).as_posix()} {text}\n".encode())
+    return digest.hexdigest()
 
 
 def _write_arrays(group: zarr.Group, structures: Structures, order: np.ndarray) -> None:
@@ -237,6 +252,8 @@ class PreparedDataset:
             raise self._damaged(str(error)) from error
         if self.attributes.get("schema_version") != SCHEMA_VERSION:
             raise self._damaged(f"its schema version is {self.attributes.get('schema_version')}")
+        if self.attributes.get("checksum") != _checksum(path):
+            raise self._damaged("its description was changed since it was written")
         self._check_lengths()
         self._check_chunks()
 

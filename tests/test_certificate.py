@@ -115,7 +115,7 @@ def test_what_is_not_determined_is_said(tmp_path: Path) -> None:
             ],
             "were given in the config",
         ),
-        (["prepare.self_energies.fit_method=huber"], "lie beyond the threshold"),
+        (["prepare.self_energies.fit_method=huber"], "more than five scales"),
     ],
 )
 def test_other_methods(tmp_path: Path, settings: list[str], verdict: str) -> None:

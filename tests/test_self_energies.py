@@ -378,7 +378,7 @@ def test_huber_withstands_outliers_and_lists_them() -> None:
     assert [o["residual"] for o in huber.outliers[:5]] == pytest.approx(
         [4e3, -2e3, 9e2, -5e2, 27.2], abs=1.0
     )
-    assert huber.n_outliers == len(huber.outliers)
+    assert huber.n_outliers == len(huber.outliers) < 10
     assert not least.outliers
 
 

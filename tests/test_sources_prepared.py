@@ -179,3 +179,36 @@ def test_a_folder_that_is_no_dataset_is_an_error(tmp_path: Path) -> None:
     for chunk in (path / "structures" / "energy").rglob("c/*"):
         chunk.write_bytes(chunk.read_bytes()[:-9])
     assert "energy" in _error(path, DatasetError)
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(150), pytest.param(range(150, 10_150), marks=pytest.mark.slow)]
+)
+def test_mutations_give_an_error_or_the_right_numbers(tmp_path: Path, seeds: range) -> None:
+    path = _write(tmp_path / "x.zarr", springs(n=6))
+    expected = _read(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    refused = 0
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        file = files[int(rng.integers(len(files)))]
+        content = file.read_bytes()
+        damaged = bytearray(content)
+        at = int(rng.integers(len(content)))
+        if seed % 3 == 0:
+            damaged[at] ^= 1 << int(rng.integers(8))
+        elif seed % 3 == 1:
+            damaged[at:at] = rng.bytes(int(rng.integers(1, 4)))
+        else:
+            del damaged[at : at + int(rng.choice([1, 3, len(content)]))]
+        file.write_bytes(damaged)
+        try:
+            found = _read(path)
+        except InputError:
+            refused += 1
+        else:
+            for name, array in (expected.atoms | expected.structures).items():
+                same = (found.atoms | found.structures)[name]
+                assert np.array_equal(same, array, equal_nan=True), (seed, file, name)
+        file.write_bytes(content)
+    assert refused > len(seeds) / 2

@@ -334,7 +334,9 @@ def test_splits_that_do_not_fit_the_arrays_are_refused(
 
 def test_arrays_of_different_length_are_refused(tmp_path: Path, structures: Structures) -> None:
     _write(tmp_path / "x.zarr", structures)
-    zarr.open_group(tmp_path / "x.zarr", mode="r+")["atoms/forces"].resize((20, 3))
+    group = zarr.open_group(tmp_path / "x.zarr", mode="r+")
+    group["atoms/forces"].resize((20, 3))
+    group.attrs["checksum"] = store._checksum(tmp_path / "x.zarr")
     with pytest.raises(DatasetError, match="the array atoms/forces has 20 rows instead of 21"):
         PreparedDataset(tmp_path / "x.zarr")
 
@@ -354,6 +356,22 @@ def test_structures_are_stored_in_the_order_that_is_asked_for(
             assert np.array_equal(found.atoms[name], expected.atoms[name], equal_nan=True)
         assert np.array_equal(found.structures["energy"], expected.structures["energy"])
         assert dataset.origins(split)[:, 1].tolist() == rows.tolist()
+
+
+def test_a_description_that_was_changed_is_noticed(tmp_path: Path, structures: Structures) -> None:
+    _write(tmp_path / "x.zarr", structures)
+    for name, old, new in (
+        ("zarr.json", "[\n        0,", "[\n        1,"),
+        ("atoms/positions/zarr.json", '"float64"', '"int64"'),
+    ):
+        file = tmp_path / "x.zarr" / name
+        before = file.read_text()
+        assert old in before, before
+        file.write_text(before.replace(old, new, 1))
+        with pytest.raises(DatasetError, match=r"damaged(.|\n)*delete this folder"):
+            PreparedDataset(tmp_path / "x.zarr")
+        file.write_text(before)
+    PreparedDataset(tmp_path / "x.zarr")
 
 
 def test_a_page_lies_in_the_folder(tmp_path: Path, structures: Structures) -> None:

@@ -51,6 +51,7 @@ LAYOUTS = (
     Layout("sGDML", "R", "z"),
     Layout("rMD17", "coords", "nuclear_charges"),
 )
+SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")  # zipfile would also search behind other bytes
 SGDML_KINDS = {"m": "a model", "t": "a training task"}  # what `type` says in its other files
 
 
@@ -388,7 +389,9 @@ def _read_header(member: Any) -> _Header:
 def _opened(path: Path) -> Iterator[_Archive]:
     """Open a file."""
     with _damage(str(path)):
-        if not zipfile.is_zipfile(path):
+        with path.open("rb") as start:
+            signature = start.read(4)
+        if signature not in SIGNATURES or not zipfile.is_zipfile(path):
             raise SourceError(
                 "this is not an npz file, or it is cut off",
                 where=str(path),
