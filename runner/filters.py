@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from runner.config import FilterConfig
 from runner.errors import InputError
+from runner.self_energies import distinct_compositions
 from runner.structures import Structures
 
 SAME_ENERGY = 1e-6  # eV
@@ -144,7 +145,7 @@ def first_of_duplicates(
         composition: atoms of each element in each of `structures`.
     """
     energy = structures.structures.get("energy", np.full(len(structures), np.nan))[chosen]
-    kind = np.unique(composition[chosen], axis=0, return_inverse=True)[1].ravel()
+    kind = distinct_compositions(composition[chosen])[1]
     candidates = _energy_recurs(kind, np.asarray(energy))
     same: list[tuple[int, int]] = []
     extent = _extents(structures, chosen[candidates])

@@ -24,6 +24,7 @@ from runner.self_energies import (
     columns_by_level,
     compositions,
     determine_self_energies,
+    distinct_compositions,
     formulas,
     isolated_atoms,
     sum_of_self_energies,
@@ -66,7 +67,7 @@ def prepare(
     reused = request.path.exists()
     if not reused:
         _say_why(request, terminal)
-        _build(request)
+        _build(request, terminal)
     dataset = PreparedDataset(request.path)
     terminal.say(*account(dataset, reused))
     if split_file is not None:
@@ -139,11 +140,14 @@ def default_data_dir(config_file: Path) -> Path:
     return folder / "data" / "prepared"
 
 
-def _build(request: Request) -> None:
+def _build(request: Request, terminal: Terminal) -> None:
     """Read, filter, split, fit, subtract, write."""
     config = request.config
     with scratch(request.folder) as folder:
-        structures = sources.read(request.files, config.source, _group_key(config), folder)
+        with terminal.counting("structures read") as count:
+            structures = sources.read(
+                request.files, config.source, _group_key(config), folder, count
+            )
         pool = Pool.of(structures, config, request.files)
         dropped = _dropped(pool, config)
         splits = _split(pool, request, dropped)
@@ -505,7 +509,7 @@ def energy_range(
     """
     if not np.isfinite(total).any():
         return None
-    owner = np.unique(composition, axis=0, return_inverse=True)[1].ravel()
+    owner = distinct_compositions(composition)[1]
 
     def of(energies: np.ndarray) -> dict[str, float]:
         known = np.isfinite(energies)

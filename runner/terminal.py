@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console, RenderableType
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +33,15 @@ class Terminal:
     def warn(self, text: str) -> None:
         """Show something that may be wrong."""
         self.say(Text(f"warning: {text}", style="yellow"))
+
+    @contextlib.contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int], None]]:
+        """Show how many of something are done, on a terminal; gives what to call with more."""
+        columns = (TextColumn(what), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
+        shown = self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda more: bar.advance(task, more)
 
     @contextlib.contextmanager
     def log_to(self, path: Path) -> Iterator[None]:

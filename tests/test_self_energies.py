@@ -15,6 +15,7 @@ from runner.self_energies import (
     columns_by_level,
     compositions,
     determine_self_energies,
+    distinct_compositions,
     fit_self_energies,
     formulas,
     in_words,
@@ -449,3 +450,28 @@ def test_isolated_atoms_are_the_lowest_of_each_element() -> None:
         determine_self_energies(
             config, composition[3:4], energies[3:4], ["H", "C"], atoms={"H": -1.0}
         )
+
+
+@pytest.mark.parametrize(("n", "width"), [(500, 4), (500, 90), (1, 3), (0, 2), (7, 0)])
+def test_distinct_compositions_are_those_of_a_naive_search(n: int, width: int) -> None:
+    rng = np.random.default_rng(n + width)
+    composition = rng.integers(0, 3, (max(n // 5, 1), width))[rng.integers(0, max(n // 5, 1), n)]
+    rows, owner, counts = distinct_compositions(composition)
+    expected = sorted({tuple(row) for row in composition.tolist()})
+    assert [tuple(row) for row in rows.tolist()] == expected
+    assert np.array_equal(rows[owner], composition)
+    assert counts.tolist() == [
+        sum(tuple(row) == one for row in composition.tolist()) for one in expected
+    ]
+
+
+def test_distinct_compositions_whose_numbers_collide(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zeros:
+        def integers(self, _: int, size: int) -> np.ndarray:
+            return np.full(size, -1) // 2
+
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Zeros())
+    composition = np.array([[1, 2], [2, 1], [1, 2], [0, 3]])  # all sums are the same
+    rows, owner, counts = distinct_compositions(composition)
+    assert rows.tolist() == [[0, 3], [1, 2], [2, 1]]
+    assert (owner.tolist(), counts.tolist()) == ([1, 2, 1, 0], [1, 2, 1])

@@ -96,6 +96,7 @@ def read(
     sources: Sequence[SourceConfig],
     group_key: str | None,
     scratch: Path | None = None,
+    count: Callable[[int], None] = lambda _: None,
 ) -> Structures:
     """Read all files; `source` numbers the file and `source_index` the structure in it, from 0.
 
@@ -104,6 +105,7 @@ def read(
         sources: the sections that name them.
         group_key: key in the files of the group that a structure belongs to, if any.
         scratch: folder in whose files the arrays are put together; in memory if None.
+        count: told how many structures more were read.
 
     Raises:
         SourceError: a damaged file, a label that no structure of a source has, a value that
@@ -116,6 +118,7 @@ def read(
         for part in _read_file(file.path, config, group_key):
             part.structures["source"] = np.full(len(part), number, np.int16)
             gathering.append(part)
+            count(len(part))
             for name in config.labels:
                 array = (part.atoms if LABELS[name].per == "atom" else part.structures)[name]
                 here = bool(np.isfinite(array).any())
