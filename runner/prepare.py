@@ -404,8 +404,8 @@ def _warnings(
         one, two = pair.split("/")
         names = [request.files[number].path.name for number in (source, other_source)]
         found.append(
-            f"{entry['count']} structures of the {two} split are duplicates of structures of the "
-            f"{one} split (same composition, distances and energy), such as {names[1]} structure "
+            f"structures of the {two} split that are duplicates of structures of the {one} split: "
+            f"{entry['count']} (same composition, distances and energy), such as {names[1]} structure "
             f"{other} of {names[0]} structure {index}: errors on that split will look too small. "
             'Write [prepare.filter] duplicates = "drop", or split by groups.'
         )

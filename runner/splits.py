@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,21 +60,26 @@ def split_structures(
             that there are not or that stand twice.
     """
     rng = np.random.default_rng(config.seed)
-    free = np.arange(n_structures)
-    splits = {name: np.zeros(0, np.int64) for name in SPLITS}
-    if pinned is not None and any(pinned):
-        of = np.array([name or "" for name in pinned])
-        free = np.flatnonzero(of == "")
-        splits = {name: np.flatnonzero(of == name) for name in SPLITS}
     if config.method == "file" and config.file is not None:
         assert origin is not None
-        splits = read_split(config.file, origin)
-    elif len(free) and config.method != "file":
+        splits = _shuffled(read_split(config.file, origin), rng)
+    elif pinned is not None and any(pinned):
+        of = np.array([name or "" for name in pinned])
+        free = np.flatnonzero(of == "")
+        fixed = {name: np.flatnonzero(of == name) for name in SPLITS}
         names = None if group is None else np.asarray(group)[free]
-        divided = _divided(len(free), config, names, splits, rng)
-        splits = {name: np.concatenate([splits[name], free[divided[name]]]) for name in SPLITS}
-    splits = {name: rng.permutation(chosen) for name, chosen in splits.items()}
+        divided = fixed
+        if len(free) and config.method != "file":
+            divided = _divided(len(free), config, names, rng, empty_allowed=fixed)
+            divided = {k: np.concatenate([fixed[k], free[divided[k]]]) for k in SPLITS}
+        splits = _shuffled(divided, rng)
+    else:
+        splits = _divided(n_structures, config, None if group is None else np.asarray(group), rng)
     return splits | {"train": _first(splits["train"], config.train_size)}
+
+
+def _shuffled(splits: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {name: rng.permutation(splits[name]) for name in SPLITS}
 
 
 def _first(train: np.ndarray, size: int | None) -> np.ndarray:
@@ -98,14 +102,53 @@ def _divided(
     n: int,
     config: SplitConfig,
     group: np.ndarray | None,
-    already: Mapping[str, np.ndarray],
     rng: np.random.Generator,
+    empty_allowed: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Divide n structures by the shares of the config, whole groups if there are groups."""
-    wanted = _sizes(n, config, already)
-    if config.method != "group":
-        group = np.arange(n)  # each is its own group
-    assert group is not None
+    """Divide n structures by the shares of the config, each split shuffled.
+
+    A split that has structures in `empty_allowed` already may get none.
+    """
+    wanted = _sizes(n, config, empty_allowed or {})
+    if config.method == "group":
+        assert group is not None
+        splits = _shuffled(_by_group(group, wanted, config, rng), rng)
+    else:
+        splits = _one_by_one(n, wanted, config, rng)
+    for name in SPLITS:
+        if wanted[name] > 0 and len(splits[name]) == 0:
+            raise InputError(
+                f"the {name} split would be empty: there are too few groups",
+                where="prepare.split",
+                remedy='group by something finer, or use method = "random"',
+            )
+    return splits
+
+
+def _one_by_one(
+    n: int, wanted: Mapping[str, int], config: SplitConfig, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Structures in random order, cut to the sizes that are wanted."""
+    order = rng.permutation(n)
+    if config.folds is not None and config.fold is not None:
+        bounds = _fold_bounds(n, config.folds)
+        test = order[bounds[config.fold] : bounds[config.fold + 1]]
+        order = np.concatenate([order[: bounds[config.fold]], order[bounds[config.fold + 1] :]])
+    elif config.test_seed is not None:
+        test = np.random.default_rng(config.test_seed).permutation(n)[: wanted["test"]]
+        order = order[~np.isin(order, test)]
+    else:
+        first = wanted["train"] + wanted["val"]
+        test = order[first : first + wanted["test"]]
+    train = order[: wanted["train"]]
+    return {"train": train, "val": order[len(train) : len(train) + wanted["val"]], "test": test}
+
+
+def _by_group(
+    group: np.ndarray, wanted: Mapping[str, int], config: SplitConfig, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Whole groups to each split."""
+    n = len(group)
     names, owner, counts = np.unique(group, return_inverse=True, return_counts=True)
     owner = owner.ravel()
     if config.folds is not None and config.fold is not None:
@@ -121,22 +164,14 @@ def _divided(
     unused = int(counts[open_].sum()) - sum(rest.values())
     drawn = _drawn(counts[open_], rest, unused, rng)
     split_of[open_] = [SPLITS.index(list(rest)[i]) if i < len(rest) else -1 for i in drawn]
-    splits = {name: np.flatnonzero(split_of[owner] == number) for number, name in enumerate(SPLITS)}
-    for name in SPLITS:
-        if wanted[name] > 0 and len(splits[name]) == 0:
-            raise InputError(
-                f"the {name} split would be empty: there are too few groups",
-                where="prepare.split",
-                remedy='group by something finer, or use method = "random"',
-            )
-    return splits
+    return {name: np.flatnonzero(split_of[owner] == number) for number, name in enumerate(SPLITS)}
 
 
 def _sizes(n: int, config: SplitConfig, already: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Structures of each split; fractions are rounded so that they sum to the whole."""
     shares: dict[str, float] = {name: getattr(config, name) or 0 for name in SPLITS}
     if config.folds is not None and config.fold is not None:
-        bounds = np.linspace(0, n, config.folds + 1).round().astype(int)
+        bounds = _fold_bounds(n, config.folds)
         test = int(bounds[config.fold + 1] - bounds[config.fold])
         val = shares["val"] if isinstance(shares["val"], int) else round(shares["val"] * n)
         shares = {"train": n - test - val, "val": int(val), "test": test}
@@ -161,7 +196,7 @@ def _sizes(n: int, config: SplitConfig, already: Mapping[str, np.ndarray]) -> di
     for name in by_remainder[: n - sum(sizes.values())]:
         sizes[name] += 1
     for name, share in shares.items():
-        if share > 0 and sizes[name] == 0 and len(already[name]) == 0:
+        if share > 0 and sizes[name] == 0 and not len(already.get(name, ())):
             raise InputError(
                 f"the {name} split would be empty: {share:g} of {n} structures",
                 where=f"prepare.split.{name}",
@@ -178,12 +213,6 @@ def _drawn(
     Whole groups, in random order, each to the split that still lacks most structures.
     """
     order = rng.permutation(len(counts))
-    if len(counts) and counts.max() == 1:  # structures by themselves: cut the order to lengths
-        split_of = np.empty(len(counts), np.int64)
-        bounds = np.cumsum([0, *wanted.values(), unused])
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            split_of[order[start:stop]] = number
-        return split_of
     lacking = np.array([*wanted.values(), unused], np.float64)
     lacking[lacking <= 0] = -np.inf
     empty = {number for number, size in enumerate(wanted.values()) if size > 0}
@@ -198,6 +227,12 @@ def _drawn(
     return split_of
 
 
+def _fold_bounds(n: int, folds: int) -> np.ndarray:
+    """Where each fold of n structures begins, and the last one ends."""
+    bounds: np.ndarray = np.linspace(0, n, folds + 1).round().astype(int)
+    return bounds
+
+
 def _fold(counts: np.ndarray, folds: int, fold: int, rng: np.random.Generator) -> np.ndarray:
     """Which groups are the test of one fold; the folds are as equal as groups allow."""
     if len(counts) < folds:
@@ -206,8 +241,7 @@ def _fold(counts: np.ndarray, folds: int, fold: int, rng: np.random.Generator) -
             where="prepare.split.folds",
             remedy="take fewer folds, or group by something finer",
         )
-    n = int(counts.sum())
-    bounds = np.linspace(0, n, folds + 1).round().astype(int)
+    bounds = _fold_bounds(int(counts.sum()), folds)
     sizes = {str(number): int(size) for number, size in enumerate(np.diff(bounds))}
     chosen: np.ndarray = _drawn(counts, sizes, 0, rng) == fold
     return chosen

@@ -521,7 +521,7 @@ def test_duplicates_across_splits_are_said_and_can_be_dropped(
     across = sum(entry["count"] for entry in found["across_splits"].values())
     assert across == sum(len(pair) == 2 for pair in pairs) > 0
     text = capsys.readouterr()
-    assert "are duplicates of structures of the train split" in text.out + text.err
+    assert "that are duplicates of structures of the train split: " in text.out + text.err
     dropped = _prepare(config_file, 'prepare.filter.duplicates="drop"')
     assert dropped["structures"] == 40
     assert not PreparedDataset(Path(dropped["dataset"])).attributes["warnings"]

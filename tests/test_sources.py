@@ -426,6 +426,17 @@ def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
         _read([tmp_path / "a.xyz", tmp_path / "*.xyz"])
 
 
+def test_more_files_than_can_be_numbered_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MOST_FILES", 2)
+    for name in "abc":
+        (tmp_path / f"{name}.xyz").write_text(ONE)
+    assert len(_read([tmp_path / "a.xyz", tmp_path / "b.xyz"])) == 2
+    with pytest.raises(SourceError, match=r"the sources have 3 files(.|\n)*several files into one"):
+        _read(tmp_path / "*.xyz")
+
+
 def test_a_file_of_blank_lines_has_no_structures(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="there are no structures"):
         _text(tmp_path, "\n\n")

@@ -116,21 +116,31 @@ def test_cells_and_missing_labels_come_back(tmp_path: Path) -> None:
     assert np.nanmax(np.abs(found.structures["energy"] - energies)) < 1e-9
 
 
-def test_each_level_has_its_own_self_energies(tmp_path: Path) -> None:
+def test_levels_of_theory_are_not_mixed(tmp_path: Path) -> None:
     made = springs(n=12)
-    level = (np.arange(12) % 2).astype(np.int16)
-    other = {z: e * 1.5 - 7 for z, e in SELF_ENERGIES.items()}
-    both = [_corrected(made, values) for values in (SELF_ENERGIES, other)]
-    stored = _with(made, energy=np.where(level == 0, *both), level=level)
-    by_level = {
-        name: {chemical_symbols[z]: e for z, e in values.items()}
-        for name, values in (("b3lyp", SELF_ENERGIES), ("ccsd", other))
-    }
-    path = _write(
-        tmp_path / "x.zarr", stored, levels=["b3lyp", "ccsd"], self_energies_by_level=by_level
-    )
-    found = _read(path, energy={"key": "energy"})
-    assert np.abs(found.structures["energy"] - made.structures["energy"]).max() < 1e-9
+    several = _write(tmp_path / "x.zarr", made, levels=["b3lyp", "ccsd"])
+    text = _error(several, SourceError, energy={"key": "energy"})
+    assert "several levels of theory, b3lyp, ccsd, which cannot share self-energies" in text
+    assert "prepare from the files that it was made from" in text
+    one = _write(tmp_path / "y.zarr", made, levels=["ccsd"])
+    text = _error(one, SourceError, energy={"key": "energy"})
+    assert 'energies of the level "ccsd", and the source says none' in text
+    assert 'write level_of_theory = "ccsd"' in text
+    assert len(_read(one, energy={"key": "energy"}, level_of_theory="ccsd")) == 12
+    assert len(_read(several, forces={"key": "forces"})) == 12
+
+
+def test_a_dataset_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _write(tmp_path / "x.zarr", springs(n=12))
+    whole = _read(path)
+    monkeypatch.setattr(prepared, "PART", 3)
+    found = _read(path)
+    for name, array in (whole.atoms | whole.structures).items():
+        assert np.array_equal((found.atoms | found.structures)[name], array, equal_nan=True)
+    bad = springs(n=12)
+    bad.structures["energy"][7] = np.inf
+    text = _error(_write(tmp_path / "y.zarr", bad), SourceError)
+    assert "split train, structure 7 (counted from 0)" in text
 
 
 def test_values_and_keys_that_are_not_there(tmp_path: Path) -> None:

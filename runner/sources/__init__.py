@@ -50,6 +50,9 @@ READERS: dict[str, Reader] = {
 }
 
 
+MOST_FILES = 32_767  # their number is stored as int16
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """One data file, named by its content.
@@ -88,6 +91,13 @@ def locate(sources: Sequence[SourceConfig]) -> list[SourceFile]:
                     remedy="name it once in prepare.source; a glob may match it too",
                 )
             found[path] = _hashed(path, section)
+    if len(found) > MOST_FILES:
+        raise SourceError(
+            f"the sources have {len(found)} files",
+            where="prepare.source",
+            allowed=f"up to {MOST_FILES}",
+            remedy="put several files into one",
+        )
     return list(found.values())
 
 

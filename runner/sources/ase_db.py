@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from runner.config import SourceConfig, TensorConfig
-from runner.errors import InputError, SourceError
+from runner.errors import SourceError
 from runner.fields import LABELS
-from runner.sources.raw import Frame, Raw, as_numbers, from_frames
+from runner.sources.raw import Frame, Raw, as_numbers, from_frames, refusing_damage
 
 USUAL = {
     "positions": "angstrom",
@@ -80,7 +80,7 @@ def units(path: Path) -> dict[str, str]:
 
     A number there, such as 1.0, states nothing.
     """
-    with refusing(str(path), "the metadata of the database cannot be read"):
+    with refusing_damage(str(path), "the metadata of the database cannot be read"):
         metadata = _lmdb_metadata(path) if _is_lmdb(path) else _sqlite_metadata(path)
         stated = dict(metadata.get("_property_unit_dict") or {})
     stated["positions"] = metadata.get("_distance_unit")
@@ -228,21 +228,6 @@ def _array(value: Any) -> np.ndarray:
         return np.asarray(repr(value)[:60])
 
 
-@contextlib.contextmanager
-def refusing(where: str, what: str) -> Iterator[None]:
-    """Say of whatever the libraries raise for a damaged file where it was."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # sqlite3, json, zlib, lmdb, numpy and ASE each have their own
-        raise SourceError(
-            f"{what}: {type(error).__name__}: {error}",
-            where=where,
-            remedy="the file may be damaged or cut off: get it again",
-        ) from None
-
-
 # --------------------------------------------------------------------------------------------------
 # Rows
 # --------------------------------------------------------------------------------------------------
@@ -366,7 +351,7 @@ def _sqlite_rows(path: Path) -> Generator[_Row]:
     columns = (*_COLUMNS, *_SCALARS, *_ARRAYS)
     last: Any = None
     with contextlib.ExitStack() as stack:
-        with refusing(str(path), "the database cannot be read"):
+        with refusing_damage(str(path), "the database cannot be read"):
             connection = stack.enter_context(_sqlite(path))
             _check_version(path, connection)
             # without it SQLite passes over rows in silence where its tree is damaged
@@ -377,12 +362,12 @@ def _sqlite_rows(path: Path) -> Generator[_Row]:
             cursor = connection.execute(query)
         while True:
             before = str(path) if last is None else f"{_where(path, last)}, the row after it"
-            with refusing(before, "the row cannot be read"):
+            with refusing_damage(before, "the row cannot be read"):
                 values = next(cursor, None)
             if values is None:
                 return
             last = values[0]
-            with refusing(_where(path, last), "the row cannot be read"):
+            with refusing_damage(_where(path, last), "the row cannot be read"):
                 row = _sqlite_row(dict(zip(columns, values, strict=True)))
             yield row
 
@@ -515,7 +500,7 @@ def _lmdb_metadata(path: Path) -> dict[str, Any]:
 
 def _lmdb_rows(path: Path) -> Generator[_Row]:
     with contextlib.ExitStack() as stack:
-        with refusing(str(path), "the database cannot be read"):
+        with refusing_damage(str(path), "the database cannot be read"):
             look_up = stack.enter_context(_lmdb(path))
             following = look_up("nextid")
             if type(following) is not int:
@@ -525,7 +510,7 @@ def _lmdb_rows(path: Path) -> Generator[_Row]:
         for row_id in range(1, following):
             if row_id in deleted:
                 continue
-            with refusing(_where(path, row_id), "the row cannot be read"):
+            with refusing_damage(_where(path, row_id), "the row cannot be read"):
                 found = look_up(str(row_id))
                 if found is None:
                     raise KeyError("it is missing from the database")

@@ -12,8 +12,8 @@ import numpy as np
 
 from runner.config import SourceConfig
 from runner.errors import SourceError
-from runner.sources.ase_db import RESULTS, USUAL, Asked, Places, frame_of, refusing
-from runner.sources.raw import Frame, Raw, from_frames
+from runner.sources.ase_db import RESULTS, USUAL, Asked, Places, frame_of
+from runner.sources.raw import Frame, Raw, from_frames, refusing_damage
 
 __all__ = ["USUAL", "keys", "read", "units"]
 
@@ -88,7 +88,7 @@ def _images(path: Path) -> Generator[Any]:
         while True:
             # ASE warns of much that matters to no label, and prints nothing of what does
             with (
-                refusing(_where(path, index), "ASE cannot read the structure"),
+                refusing_damage(_where(path, index), "ASE cannot read the structure"),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("ignore")

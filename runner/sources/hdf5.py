@@ -6,7 +6,6 @@ some thousands of conformers at a time.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import mmap
@@ -23,10 +22,10 @@ from ase.data import atomic_numbers as ATOMIC_NUMBER_OF
 from ase.data import chemical_symbols
 
 from runner.config import SourceConfig
-from runner.errors import InputError, SourceError, did_you_mean
+from runner.errors import SourceError, did_you_mean
 from runner.fields import LABELS
 from runner.sources import raw
-from runner.sources.raw import Conformers, Raw, from_conformers
+from runner.sources.raw import Conformers, Raw, from_conformers, printable, refusing_damage
 
 LAYOUTS = (  # (name, key of the positions, key of the species)
     ("ANI-1, ANI-2x", "coordinates", "species"),
@@ -57,7 +56,7 @@ def read(path: Path, config: SourceConfig, group_key: str | None) -> Iterator[Ra
 def keys(path: Path) -> list[str]:
     """The keys of the first group that could be labels."""
     for group in _groups(path, ()):
-        with _damage(group.where):
+        with refusing_damage(group.where):
             others = [n for n in group.names if n not in (group.positions_key, group.species_key)]
             return [name for name in others if _could_be_a_label(group.member(name))]
     return []
@@ -67,7 +66,7 @@ def units(path: Path) -> dict[str, str]:
     """The units that the file states, each in the first group that has the key."""
     found: dict[str, str | None] = {}
     for group in _groups(path, ()):
-        with _damage(group.where):
+        with refusing_damage(group.where):
             if "positions" not in found:
                 found["positions"] = group.unit(group.dataset(group.positions_key))
             for key in group.names:
@@ -145,7 +144,7 @@ class _Group:
 def _groups(path: Path, wanted: Collection[str]) -> Iterator[_Group]:
     """The groups with conformers; an error where there is none, or one that lacks its positions."""
     found = False
-    with _damage(str(path)):
+    with refusing_damage(str(path)):
         if not h5py.is_hdf5(path):
             raise SourceError("this is not an HDF5 file", where=str(path))
         with h5py.File(path, "r", locking="best-effort") as file:
@@ -179,7 +178,7 @@ def _walk(
     for below in names:
         member = _member(group, below, where)
         if isinstance(member, h5py.Group):
-            yield from _walk(path, _printable(f"{name}/{below}").strip("/"), member, wanted, seen)
+            yield from _walk(path, printable(f"{name}/{below}").strip("/"), member, wanted, seen)
 
 
 def _refuse_half_a_layout(names: list[str], wanted: Collection[str], where: str) -> None:
@@ -198,28 +197,11 @@ def _member(group: Any, key: str, where: str) -> Any:
     """What a group holds under a name, unless it lies in another file."""
     if isinstance(group.get(key, getlink=True), h5py.ExternalLink):
         raise SourceError(
-            f'"{_printable(key)}" is a link into another file',
+            f'"{printable(key)}" is a link into another file',
             where=where,
             remedy="name the other file in the source",
         )
     return group[key]
-
-
-def _printable(text: str) -> str:
-    """A name that can be printed even if its bytes are no UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-@contextlib.contextmanager
-def _damage(where: str) -> Iterator[None]:
-    """Whatever h5py raises at damaged bytes, which may be any kind of error, as a SourceError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        text = " ".join(_printable(str(error)).split())
-        raise SourceError(f"the file is damaged or cut off: {text}", where=where) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +214,7 @@ def _blocks(path: Path, config: SourceConfig, group_key: str | None) -> Iterator
     wanted = {label.key: name for name, label in config.labels.items() if label.key is not None}
     seen: dict[str, str | None] = {}
     for group in _groups(path, wanted):
-        with _damage(group.where):
+        with refusing_damage(group.where):
             datasets = {key: group.dataset(key) for key in wanted if key in group.names}
             positions = group.dataset(group.positions_key)
             for key, dataset in (*datasets.items(), (group.positions_key, positions)):
@@ -401,7 +383,7 @@ def _is_text(dataset: Any) -> bool:
 
 def _text(value: Any) -> str:
     """A string or number of a file as text."""
-    return _printable(
+    return printable(
         value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
     )
 

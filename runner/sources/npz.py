@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from runner.config import SourceConfig
-from runner.errors import InputError, SourceError, did_you_mean
+from runner.errors import SourceError, did_you_mean
 from runner.fields import LABELS
 from runner.sources import raw
-from runner.sources.raw import Conformers, Raw, from_conformers
+from runner.sources.raw import Conformers, Raw, from_conformers, refusing_damage
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,10 @@ class _Archive:
 
     def header(self, key: str) -> _Header:
         """Shape and type of an array, without its values."""
-        with _damage(f"{self.name}, array {key}"), self.file.open(self.members[key]) as member:
+        with (
+            refusing_damage(f"{self.name}, array {key}"),
+            self.file.open(self.members[key]) as member,
+        ):
             header = _read_header(member)
             size = self.file.getinfo(self.members[key]).file_size
         if header.dtype.hasobject:
@@ -338,7 +341,10 @@ class _Archive:
     def whole(self, key: str) -> np.ndarray:
         """An array."""
         self.header(key)
-        with _damage(f"{self.name}, array {key}"), self.file.open(self.members[key]) as member:
+        with (
+            refusing_damage(f"{self.name}, array {key}"),
+            self.file.open(self.members[key]) as member,
+        ):
             values: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
             member.read()  # at its end the checksum is compared
         return values
@@ -360,7 +366,10 @@ class _Archive:
                 yield values[start : start + raw.CHUNK]
             return
         inner = header.shape[1:]
-        with _damage(f"{self.name}, array {key}"), self.file.open(self.members[key]) as member:
+        with (
+            refusing_damage(f"{self.name}, array {key}"),
+            self.file.open(self.members[key]) as member,
+        ):
             member.read(header.start)
             for start in range(0, header.shape[0], raw.CHUNK):
                 shape = (min(raw.CHUNK, header.shape[0] - start), *inner)
@@ -388,7 +397,7 @@ def _read_header(member: Any) -> _Header:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[_Archive]:
     """Open a file."""
-    with _damage(str(path)):
+    with refusing_damage(str(path)):
         with path.open("rb") as start:
             signature = start.read(4)
         if signature not in SIGNATURES or not zipfile.is_zipfile(path):
@@ -401,15 +410,3 @@ def _opened(path: Path) -> Iterator[_Archive]:
     with file:
         members = {name.removesuffix(".npy"): name for name in file.namelist()}
         yield _Archive(str(path), file, members)
-
-
-@contextlib.contextmanager
-def _damage(where: str) -> Iterator[None]:
-    """Whatever damaged bytes raise in the zip, the decompression and the arrays, as one error."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(f"the file is damaged or cut off: {text}", where=where) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,6 +16,7 @@ from runner.sources.raw import Raw, as_numbers, refusal
 from runner.store import PreparedDataset
 from runner.structures import Structures
 
+PART = 1 << 16  # structures read at once: about a shard of atoms
 USUAL: dict[str, str] = {}
 """Nothing: a dataset states its units."""
 
@@ -40,9 +40,11 @@ def read(path: Path, config: SourceConfig, group_key: str | None) -> Iterator[Ra
             allowed='"split", "formula", "source"',
         )
     dataset = PreparedDataset(path)
+    _check_level(dataset, config)
     for split, (start, stop) in dataset.attributes["splits"].items():
-        if stop > start:
-            yield _raw(dataset, split, config, grouped=group_key is not None)
+        for first in range(start, stop, PART):
+            part = dataset.read_rows(first, min(first + PART, stop))
+            yield _raw(dataset, split, first - start, part, config, group_key is not None)
 
 
 def keys(path: Path) -> list[str]:
@@ -56,14 +58,40 @@ def units(path: Path) -> dict[str, str]:
     return {str(name): str(unit) for name, unit in found.items() if unit}
 
 
-def _raw(dataset: PreparedDataset, split: str, config: SourceConfig, *, grouped: bool) -> Raw:
-    """One split, its energies absolute."""
-    part = dataset.read(split)
+def _check_level(dataset: PreparedDataset, config: SourceConfig) -> None:
+    """Refuse energies of another level of theory than the source says, or of several."""
+    levels = dataset.attributes.get("levels", [""])
+    if config.energy is None or levels in ([""], [config.level_of_theory]):
+        return
+    if len(levels) > 1:
+        raise SourceError(
+            f"the dataset has energies of several levels of theory, {', '.join(levels)}, which "
+            "cannot share self-energies",
+            where=str(dataset.path),
+            remedy="prepare from the files that it was made from",
+        )
+    raise SourceError(
+        f'the dataset has energies of the level "{levels[0]}", and the source says '
+        + (f'"{config.level_of_theory}"' if config.level_of_theory else "none"),
+        where=str(dataset.path),
+        remedy=f'write level_of_theory = "{levels[0]}" in the source',
+    )
+
+
+def _raw(
+    dataset: PreparedDataset,
+    split: str,
+    first: int,
+    part: Structures,
+    config: SourceConfig,
+    grouped: bool,
+) -> Raw:
+    """Some structures of a split, from its `first` on, their energies absolute."""
     if "energy" in part.structures:
         part.structures["energy"] += self_energies(dataset, part)
 
     def where(index: int) -> str:
-        return f"{dataset.path}, split {split}, structure {index} (counted from 0)"
+        return f"{dataset.path}, split {split}, structure {first + index} (counted from 0)"
 
     labels = {
         name: _label(part, LABELS[name], label, where(0)) for name, label in config.labels.items()
@@ -118,23 +146,12 @@ def self_energies(
         DatasetError: an element without a self-energy.
     """
     elements, composition = compositions(part.first_atom, part.atoms["atomic_numbers"])
-    by_level: dict[str, Any] = dataset.attributes.get("self_energies_by_level", {})
-    levels = dataset.attributes.get("levels", [""])
-    level = part.structures.get("level", np.zeros(len(part), np.int16))
-    total = np.zeros(len(part))
-    for number in np.unique(level).tolist():
-        values = dataset.attributes.get("self_energies", {})
-        if by_level:
-            values = by_level.get(levels[number], {}) if number < len(levels) else {}
-        rows = level == number
-        seen = composition[rows].any(axis=0)
-        names = [symbol for symbol, here in zip(elements, seen, strict=True) if here]
-        missing = [symbol for symbol in names if symbol not in values]
-        if missing:
-            raise DatasetError(
-                f"the prepared dataset has no self-energy for {', '.join(missing)}",
-                where=str(dataset.path),
-                remedy="delete this folder and run `runner prepare` again",
-            )
-        total[rows] = sum_of_self_energies(values, names, composition[rows][:, seen])
-    return total
+    values: dict[str, float] = dataset.attributes.get("self_energies", {})
+    missing = [symbol for symbol in elements if symbol not in values]
+    if missing:
+        raise DatasetError(
+            f"the prepared dataset has no self-energy for {', '.join(missing)}",
+            where=str(dataset.path),
+            remedy="delete this folder and run `runner prepare` again",
+        )
+    return sum_of_self_energies(values, elements, composition)

@@ -7,6 +7,7 @@ hold many structures of one size in an array give `Conformers`; both become `Raw
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 
 from runner.config import LabelConfig, SourceConfig
-from runner.errors import SourceError, did_you_mean
+from runner.errors import InputError, SourceError, did_you_mean
 from runner.fields import LABELS, Field
 
 CHUNK = 4096  # structures that are converted together
@@ -335,3 +336,24 @@ def refusal(quantity: Field, key: str, found: str, where: str) -> SourceError:
         where=where,
         allowed=f"{size} {'an atom' if quantity.per == 'atom' else 'a structure'}",
     )
+
+
+@contextlib.contextmanager
+def refusing_damage(where: str, what: str = "the file is damaged or cut off") -> Iterator[None]:
+    """Say of whatever a library raises at damaged bytes, which may be any kind of error, where."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = printable(" ".join(str(error).split())) or type(error).__name__
+        raise SourceError(
+            f"{what}: {text}",
+            where=where,
+            remedy="if the file is damaged, get it again",
+        ) from None
+
+
+def printable(text: str) -> str:
+    """A text that can be printed even if its bytes are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
