@@ -65,6 +65,7 @@ def svg(figure: Figure) -> bytes:
 def _histogram(axes: Axes, energies: np.ndarray, label: str, color: str, title: str) -> None:
     known = energies[np.isfinite(energies)]
     axes.hist(known, bins=60, color=color)
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.set(xlabel=label, ylabel="structures", title=f"{title} the subtraction")
 
 

@@ -26,6 +26,7 @@ from runner.self_energies import (
     determine_self_energies,
     distinct_compositions,
     formulas,
+    formulas_of_columns,
     isolated_atoms,
     sum_of_self_energies,
     values_by_column,
@@ -160,7 +161,9 @@ def _build(request: Request, terminal: Terminal) -> None:
         offsets = np.full(len(structures), np.nan)
         offsets[order] = sum_of_self_energies(fit.values, pool.columns, pool.wide[order])
         corrected = pool.with_energies(pool.energies - offsets, len(config.levels))
-        names = formulas(pool.elements, pool.composition[order])
+        distinct, owner, _ = distinct_compositions(pool.wide[order])
+        named = formulas_of_columns(pool.columns, distinct)
+        names = [named[number] for number in owner.tolist()]
         before, after = pool.energies[order], (pool.energies - offsets)[order]
         duplicates = _duplicates(pool, splits)
         attributes = {
@@ -180,7 +183,7 @@ def _build(request: Request, terminal: Terminal) -> None:
             **_self_energy_attributes(fit, pool, config.levels, splits["train"]),
             "statistics": statistics(corrected, order, n_train=len(splits["train"]))
             | {"coverage_by_source": _coverage_by_section(pool, request, order)},
-            "energy_range": energy_range(before, after, pool.composition[order]),
+            "energy_range": energy_range(before, after, pool.wide[order]),
             "duplicates": duplicates,
         }
         attributes["warnings"] = _warnings(pool, request, fit, duplicates)
@@ -405,8 +408,9 @@ def _warnings(
         names = [request.files[number].path.name for number in (source, other_source)]
         found.append(
             f"structures of the {two} split that are duplicates of structures of the {one} split: "
-            f"{entry['count']} (same composition, distances and energy), such as {names[1]} structure "
-            f"{other} of {names[0]} structure {index}: errors on that split will look too small. "
+            f"{entry['count']} (same composition, distances and energy), such as {names[1]} "
+            f"structure {other} of {names[0]} structure {index}: errors on that split will look "
+            "too small. "
             'Write [prepare.filter] duplicates = "drop", or split by groups.'
         )
     if len(request.config.levels) > 1:

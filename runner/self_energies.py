@@ -526,12 +526,12 @@ def _worst_compositions(
             "mean_residual": float(mean[index]),
             "rms_residual": float(rms[index]),
         }
-        for index, name in zip(worst, _formulas_of_columns(columns, rows[worst]), strict=True)
+        for index, name in zip(worst, formulas_of_columns(columns, rows[worst]), strict=True)
     ]
 
 
-def _formulas_of_columns(columns: Sequence[str], rows: np.ndarray) -> list[str]:
-    """`C2H6O (level)`, from columns such as `C (level)`."""
+def formulas_of_columns(columns: Sequence[str], rows: np.ndarray) -> list[str]:
+    """`C2H6O (level)`, from columns such as `C (level)`, as `columns_by_level` names them."""
     level = [column.partition(" ")[2] for column in columns]
     symbols = [column.partition(" ")[0] for column in columns]
     names = []

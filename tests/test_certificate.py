@@ -86,6 +86,9 @@ def test_every_number_of_the_tables_is_the_dataset_s(tmp_path: Path) -> None:
     assert "rank 4 of 4" in page.text
     assert f"{fit['leave_one_composition_out']['rmse']:.4f} eV for a composition" in page.text
     assert "determines all 4 self-energies" in page.text
+    settings = dataset.attributes["prepare"]["self_energies"]
+    assert [row[0] for row in page.tables["settings"][1:]] == list(settings)
+    assert ["fit_method", settings["fit_method"]] in page.tables["settings"]
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
@@ -101,6 +104,7 @@ def test_what_is_not_determined_is_said(tmp_path: Path) -> None:
     result = prepare(load_config(same), tmp_path / "prepared", Terminal())
     page = _page_of(PreparedDataset(Path(result["dataset"])))
     assert "the data fixes" in page.text
+    assert "nothing is known of a composition that was not seen" in page.text
     assert any(row[2] == "undetermined" for row in page.tables["self-energies"])
 
 
@@ -122,6 +126,8 @@ def test_other_methods(tmp_path: Path, settings: list[str], verdict: str) -> Non
     page = _page_of(_dataset(tmp_path, *settings))
     assert verdict in page.text
     assert len(page.tables["self-energies"]) == 5
+    fitted = "standard error, eV" in page.tables["self-energies"][0]
+    assert fitted == ("fit_method" in settings[0])
 
 
 def _again(attributes: dict[str, Any], n: int = 60) -> str:
@@ -147,3 +153,47 @@ def test_a_large_dataset_makes_a_page_that_opens(tmp_path: Path) -> None:
 def test_what_was_dropped_is_listed(tmp_path: Path) -> None:
     text = _page_of(_dataset(tmp_path, "prepare.filter.max_atoms=4")).text
     assert re.search(r"20: more than 4 atoms \(\s*data.extxyz 2, data.extxyz 5", text)
+
+
+def test_what_the_attributes_leave_out_the_page_leaves_out(tmp_path: Path) -> None:
+    attributes = dict(_dataset(tmp_path).attributes)
+    for name in ("levels", "dropped", "warnings", "energy_range"):
+        attributes.pop(name, None)
+    text = _again(attributes | {"fit": {"method": "fit", "rank": 4, "n_elements": 4}})
+    assert "the rank is 4 of 4" in text
+    assert set(_Page(text).tables) == {"self-energies", "sources", "settings"}
+
+
+def test_several_levels_of_theory_are_told_apart(tmp_path: Path) -> None:
+    attributes = dict(_dataset(tmp_path).attributes)
+    by_level = {"PBE": {"H": -13.0, "C": -1035.0}, "xTB": {"H": -11.0}}
+    errors = {"H (PBE)": 0.1, "C (PBE)": None, "H (xTB)": 0.2}
+    fit = attributes["fit"] | {"n_elements": 3, "rank": 3, "standard_errors": errors}
+    fit["counts"] = {"H (PBE)": 7, "C (PBE)": 5, "H (xTB)": 3}
+    spans = attributes["energy_range"]
+    other = {"before": spans["before"] | {"width": 100.0}, "after": spans["after"]}
+    attributes |= {"levels": ["PBE", "xTB"], "self_energies_by_level": by_level, "fit": fit}
+    page = _Page(_again(attributes | {"energy_range": other}))
+    assert page.tables["self-energies"][1:] == [
+        ["H (PBE)", "-13.000000", "± 0.100000", "7"],
+        ["C (PBE)", "-1035.000000", "undetermined", "5"],
+        ["H (xTB)", "-11.000000", "± 0.200000", "3"],
+    ]
+    assert "all 3 self-energies of the 2 levels of theory" in page.text
+    assert re.search(r"the width\s+does not stay", page.text)
+    assert "the width\nstays" not in page.text
+
+
+def test_outliers_and_files_are_named_and_cuts_are_said(tmp_path: Path) -> None:
+    attributes = dict(_dataset(tmp_path).attributes)
+    (source,) = attributes["sources"]
+    attributes["sources"] = [source | {"name": f"{number}.xyz"} for number in range(60)]
+    attributes["fit"] = attributes["fit"] | {
+        "fit_method": "huber",
+        "n_outliers": 1,
+        "outliers": [{"source": 3, "source_index": 17, "residual": -2.5}],
+    }
+    page = _Page(_again(attributes))
+    assert page.tables["outliers"][1:] == [["3.xyz", "17", "-2.5000"]]
+    assert len(page.tables["sources"]) == 51
+    assert "and 10 files more" in page.text

@@ -480,6 +480,8 @@ def test_levels_of_theory_are_fitted_apart(
     assert result["self_energies"] == by_level["dft"]
     assert by_level["cc"]["C"] - by_level["dft"]["C"] == pytest.approx(7.0, abs=1.5)
     assert result["fit"]["rank"] == 8
+    span = dataset.attributes["energy_range"]  # of one composition at one level
+    assert span["after"]["width"] == pytest.approx(span["before"]["width"], abs=1e-9)
     assert result["fit"]["rmse_after"] < 3
     found = _totals(dataset)
     for source, written in enumerate((low, high)):
