@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from molecules import springs, without, write_experiment
+from molecules import random_structures, springs, without, write_experiment, write_extxyz
 
 from runner.batches import make_batch
 from runner.config import Config, load_config
-from runner.errors import ConfigError, DatasetError, RunError
+from runner.errors import ConfigError, DatasetError, RunError, SelfEnergyError
 from runner.predictor import Predictor
 from runner.prepare import find_prepared, prepare
 from runner.terminal import Terminal
@@ -256,3 +257,37 @@ def test_validation_losses_of_a_scheduled_weight_can_be_compared(tmp_path: Path)
             terms = {n: float(row[f"{split}/loss/{n}"]) for n in ("energy", "forces", "dipole")}
             expected = terms["energy"] + factor * terms["forces"] + terms["dipole"]
             assert float(row[f"{split}/loss/total_loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_periodic_structures_are_prepared_but_not_trained_on_yet(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    data = tmp_path / "data.extxyz"
+    box = 'Lattice="20 0 0 0 20 0 0 0 20" pbc="T T T"'
+    data.write_text(data.read_text().replace('pbc="F F F"', box))
+    with pytest.raises(DatasetError, match=r"training on them is not supported yet(.|\n)*allowed"):
+        _run(config_file)
+
+
+def test_the_potential_predicts_energies_at_the_first_level_of_theory(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    other = springs(seed=1)
+    shifted = replace(other, structures={**other.structures})
+    shifted.structures["energy"] = other.structures["energy"] + 50.0 * np.diff(other.first_atom)
+    write_extxyz(tmp_path / "high.extxyz", shifted)
+    text = config_file.read_text().replace(
+        "[train]\n",
+        '[[prepare.source]]\npath = "high.extxyz"\nlevel_of_theory = "high"\n'
+        'energy = { key = "energy", unit = "eV" }\n[train]\n',
+        1,
+    )
+    text = text.replace('path = "data.extxyz"', 'path = "data.extxyz"\nlevel_of_theory = "low"')
+    config_file.write_text(text)
+    result = _run(config_file, "train.epochs=1")
+    predictor = Predictor.load(Path(result["run"]))
+    assert set(predictor.fit.values) == {"H", "C", "N", "O"}
+    assert predictor.fit.elements == ["H", "C", "N", "O"]
+    written = springs()
+    predicted = predictor.predict(written)["energy"]
+    assert np.abs(predicted - written.structures["energy"]).max() < 30.0  # 50 eV an atom is high
+    with pytest.raises(SelfEnergyError, match="F in"):
+        predictor.predict(random_structures([3], elements=(1, 9)))
