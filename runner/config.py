@@ -119,7 +119,7 @@ def format_of(path: str, declared: str | None) -> str:
     if declared is not None:
         return declared
     name = Path(path)
-    suffix = Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
+    suffix = (Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix).lower()
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     return "deepmd" if name.is_dir() else "ase"

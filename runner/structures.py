@@ -84,6 +84,7 @@ class Gathering:
         self._columns: dict[str, _Column] = {}
         self._counts: list[np.ndarray] = []
         self._group: list[str] = []
+        self._grouped = False
         self._n_atoms = 0
 
     def append(self, part: Structures) -> None:
@@ -105,8 +106,8 @@ class Gathering:
                     column.skip(n)
         self._counts.append(np.diff(part.first_atom))
         self._n_atoms += part.n_atoms
-        if part.group is not None:
-            self._group.extend(part.group)
+        self._group.extend(part.group or [""] * len(part))
+        self._grouped |= part.group is not None
 
     def structures(self) -> Structures:
         """All of them.
@@ -126,7 +127,7 @@ class Gathering:
             first_atom=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             atoms=tables["atoms"],
             structures=tables["structures"],
-            group=self._group or None,
+            group=self._group if self._grouped else None,
         )
 
 

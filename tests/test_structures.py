@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from molecules import random_structures
 
 from runner.errors import SourceError
-from runner.structures import Structures, concatenate, ragged_rows
+from runner.structures import Gathering, Structures, concatenate, ragged_rows
 
 
 def test_rows_of_chosen_structures() -> None:
@@ -51,3 +54,35 @@ def test_groups_are_kept() -> None:
 def test_nothing_is_an_error() -> None:
     with pytest.raises(SourceError, match="there are no structures"):
         concatenate([])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_gathering_fills_what_a_part_lacks(tmp_path: Path, on_disk: bool) -> None:
+    sizes = ([2, 3], [4], [1, 1])
+    first, second, third = (random_structures(n, seed=i) for i, n in enumerate(sizes))
+    bare = replace(first, atoms={k: v for k, v in first.atoms.items() if k != "forces"})
+    crystal = replace(
+        second,
+        structures=second.structures | {"cell": np.eye(3)[None], "pbc": np.ones((1, 3), bool)},
+        group=["g"],
+    )
+    gathering = Gathering(tmp_path if on_disk else None)
+    for part in (bare, crystal, third):
+        gathering.append(part)
+    found = gathering.structures()
+    assert found.first_atom.tolist() == [0, 2, 5, 9, 10, 11]
+    assert isinstance(found.atoms["positions"], np.memmap) == on_disk
+    forces = found.atoms["forces"]
+    assert np.isnan(forces[:5]).all()
+    known = [second.atoms["forces"], third.atoms["forces"]]
+    assert np.array_equal(forces[5:], np.concatenate(known))
+    assert found.structures["cell"].sum(axis=(1, 2)).tolist() == [0, 0, 3, 0, 0]
+    assert found.structures["pbc"].any(axis=1).tolist() == [False, False, True, False, False]
+    assert found.group == ["", "", "g", "", ""]
+    energies = np.concatenate([part.structures["energy"] for part in (first, second, third)])
+    assert np.array_equal(found.structures["energy"], energies)
+
+
+def test_gathering_nothing_is_an_error() -> None:
+    with pytest.raises(SourceError, match="there are no structures"):
+        Gathering().structures()
