@@ -402,6 +402,7 @@ def _warnings(
     """What a person should look at before trusting the dataset."""
     found = [fit.warning()]
     found += [_of_zeros(pool, request, number) for number in range(len(request.config.source))]
+    found.append(_of_spins(pool, request))
     for pair, entry in duplicates["across_splits"].items():
         (source, index), (other_source, other) = entry["examples"][0]
         one, two = pair.split("/")
@@ -442,6 +443,20 @@ def _of_zeros(pool: Pool, request: Request, section: int) -> str:
         f"{', '.join(zero)} of {request.files[files[0]].path.name} is zero in every structure. Is "
         "it a label? If it was never computed, take it out of the source: it would be learnt as "
         "zero."
+    )
+
+
+def _of_spins(pool: Pool, request: Request) -> str:
+    """Asks about spin multiplicities that cannot be: 2S + 1 is 1, 2, 3, …"""
+    spins = pool.structures.structures.get("spin_multiplicity", np.zeros(0))
+    strange = np.flatnonzero(np.isfinite(spins) & ((spins < 1) | (spins % 1 != 0)))
+    if not len(strange):
+        return ""
+    values = ", ".join(f"{value:g}" for value in np.unique(spins[np.isfinite(spins)])[:6])
+    source, index = pool.origin(int(strange[0]))
+    return (
+        f"spin_multiplicity has the values {values} (such as {request.files[source].path.name} "
+        f"structure {index}), and 2S + 1 is a whole number from 1 up. Does the file hold 2S, or S?"
     )
 
 

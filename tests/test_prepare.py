@@ -547,6 +547,20 @@ def test_a_label_that_is_zero_throughout_is_asked_about(
         assert "total_charge (key" not in said
 
 
+def test_spin_multiplicities_that_cannot_be_are_asked_about(tmp_path: Path) -> None:
+    written = springs(n=30)
+    more = 'spin_multiplicity = {{ key = "total_charge", scale = {} }}'
+    cases = (("a", [0, 2], 1, True), ("b", [1, 3], 1, False), ("c", [1, 2], 0.5, True))
+    for name, spins, scale, asked in cases:
+        written.structures["total_charge"][:] = np.tile(spins, 15)
+        config_file = _experiment(tmp_path / name, {"x": written}, x=more.format(scale))
+        warnings = PreparedDataset(Path(_prepare(config_file)["dataset"])).attributes["warnings"]
+        said = [text for text in warnings if "Does the file hold 2S, or S?" in text]
+        assert bool(said) == asked
+        if name == "a":
+            assert "has the values 0, 2 (such as x.xyz structure 0)" in said[0]
+
+
 def test_a_split_is_written_out_and_used_again(tmp_path: Path) -> None:
     config_file = _experiment(tmp_path, {"a": springs(n=40), "b": springs(seed=1, n=20)})
     config = load_config(config_file)
@@ -704,7 +718,13 @@ REAL = [
     ("curated_hdf5/SPICE-1.1.4_n2.hdf5", SPICE, 55, None, ""),
     ("curated_hdf5/ani1_n5.hdf5", ANI1X, None, None, ""),
     ("curated_hdf5/qm9_dataset_v1.1_ntc_10.hdf5", MODELFORGE, 10, None, ""),
-    ("ase_db/ase_carbene_2200.db", CARBENE, 2200, (1, 2), "fixes 2 H + C, not C and H"),
+    (
+        "ase_db/ase_carbene_2200.db",
+        CARBENE,
+        2200,
+        (1, 2),
+        "has the values 0, 2 (such as ase_carbene_2200.db",
+    ),
 ]
 
 
