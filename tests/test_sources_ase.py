@@ -519,6 +519,7 @@ def _check(reader: ModuleType, path: Path, images: Any) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "Setting the shape on", DeprecationWarning)
+            warnings.filterwarnings("ignore", "unclosed database", ResourceWarning)  # by ASE
             found = _read(reader, path)
     except InputError:
         return False
