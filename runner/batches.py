@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int8, Int64
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
-from runner.fields import LABELS
-from runner.neighbors import pairs_within
-from runner.structures import Structures
+from runner.fields import CELL, FIELDS, LABELS, PBC, POSITIONS
+from runner.neighbors import find_neighbors
+from runner.structures import Structures, ragged_rows
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,26 @@ class Batch:
         positions: Å.
         structure: which structure each atom belongs to.
         n_atoms: atoms of each structure.
+        index: the number that each structure has in its split of the prepared dataset.
         pairs: rows of centres i and of neighbours j within the cutoff, both ways round, sorted
             by i.
         labels: reference values by name, as `runner.fields` shapes them; NaN where missing.
         labelled: of each label that some structure lacks, which structures have it whole.
+        cell: Å, rows are the lattice vectors; None if the data has no periodic structures.
+        shifts: how many lattice vectors further on the neighbour of each pair is: the image lies
+            at r_j + shift · cell. None if the data has no periodic structures.
     """
 
     atomic_numbers: Int64[Tensor, " n_atoms"]
     positions: Float[Tensor, "n_atoms 3"]
     structure: Int64[Tensor, " n_atoms"]
     n_atoms: Int64[Tensor, " n_structures"]
+    index: Int64[Tensor, " n_structures"]
     pairs: Int64[Tensor, "2 n_pairs"]
     labels: dict[str, Float[Tensor, "n ..."]]
     labelled: dict[str, Bool[Tensor, " n_structures"]]
+    cell: Float[Tensor, "n_structures 3 3"] | None = None
+    shifts: Int8[Tensor, "n_pairs 3"] | None = None
 
     @property
     def n_structures(self) -> int:
@@ -55,9 +62,27 @@ class Batch:
             move(self.positions),
             move(self.structure),
             move(self.n_atoms),
+            move(self.index),
             move(self.pairs),
             {name: move(label) for name, label in self.labels.items()},
             {name: move(mask) for name, mask in self.labelled.items()},
+            None if self.cell is None else move(self.cell),
+            None if self.shifts is None else move(self.shifts),
+        )
+
+    def none(self) -> Batch:
+        """A batch of no structure, otherwise like this one."""
+        return Batch(
+            self.atomic_numbers[:0],
+            self.positions[:0],
+            self.structure[:0],
+            self.n_atoms[:0],
+            self.index[:0],
+            self.pairs[:, :0],
+            {name: label[:0] for name, label in self.labels.items()},
+            {},
+            None if self.cell is None else self.cell[:0],
+            None if self.shifts is None else self.shifts[:0],
         )
 
     def at(self, positions: Float[Tensor, "n_atoms 3"]) -> Batch:
@@ -72,37 +97,190 @@ class Batch:
         return zeros.index_add(0, self.structure, values)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Structures ready for batches: arrays cast, neighbours found.
+
+    Attributes:
+        index: the number of each structure in its split.
+        first_atom: row pointer of the atoms' arrays.
+        first_pair: row pointer of the pairs' arrays.
+        atoms: arrays with a row an atom, among them how many `neighbors` it has.
+        structures: arrays with a row a structure.
+        pairs: arrays with a row a pair: the `neighbor`, numbered within its structure, and the
+            `shift` to its image.
+        labelled: of each label that some structure lacks, which structures have it whole.
+    """
+
+    index: Int64[np.ndarray, " n_structures"]
+    first_atom: Int64[np.ndarray, " n_structures_plus_1"]
+    first_pair: Int64[np.ndarray, " n_structures_plus_1"]
+    atoms: dict[str, np.ndarray]
+    structures: dict[str, np.ndarray]
+    pairs: dict[str, np.ndarray]
+    labelled: dict[str, np.ndarray]
+
+    @classmethod
+    def of(
+        cls,
+        structures: Structures,
+        cutoff: float,
+        dtype: torch.dtype = torch.float32,
+        first: int = 0,
+    ) -> Block:
+        """Cast structures, and find the pairs within the cutoff.
+
+        Args:
+            structures: float64, eV, Å, e.
+            cutoff: Å; distances are those of the positions before they are cast.
+            dtype: of the floating-point numbers.
+            first: the number of the first structure in its split.
+        """
+        first_atom = structures.first_atom
+        cell, pbc = (structures.structures.get(name) for name in (CELL.name, PBC.name))
+        lists = find_neighbors(structures.atoms["positions"], first_atom, cutoff, cell, pbc)
+        first_pair = np.concatenate([[0], np.cumsum(lists.counts, dtype=np.int64)])[first_atom]
+        smallest = np.uint8 if np.diff(first_atom).max(initial=0) <= 256 else np.int32
+        pairs: dict[str, np.ndarray] = {"neighbor": lists.neighbors.astype(smallest)}
+        if lists.shifts is not None:
+            pairs["shift"] = lists.shifts
+        atoms = {
+            "atomic_numbers": structures.atoms["atomic_numbers"],
+            "neighbors": lists.counts,
+        }
+        by_structure: dict[str, np.ndarray] = {}
+        labelled = {}
+        for name in (POSITIONS.name, CELL.name, *LABELS):
+            per_atom = FIELDS[name].per == "atom"
+            array = (structures.atoms if per_atom else structures.structures).get(name)
+            if array is None:
+                continue
+            (atoms if per_atom else by_structure)[name] = array.astype(_numpy(dtype))
+            if name in LABELS:
+                mask = _labelled(array, per_atom, first_atom)
+                if not mask.all():
+                    labelled[name] = mask
+        index = np.arange(first, first + len(structures))
+        return cls(index, first_atom, first_pair, atoms, by_structure, pairs, labelled)
+
+    @classmethod
+    def join(cls, blocks: Sequence[Block]) -> Block:
+        """Several as one, in their order; at least one."""
+        if len(blocks) == 1:
+            return blocks[0]
+        tables: list[dict[str, np.ndarray]] = [
+            {name: np.concatenate([table[name] for table in same]) for name in same[0]}
+            for same in (
+                [block.atoms for block in blocks],
+                [block.structures for block in blocks],
+                [block.pairs for block in blocks],
+                [block.every_mask(_masked(blocks)) for block in blocks],
+            )
+        ]
+        return cls(
+            np.concatenate([block.index for block in blocks]),
+            _pointer(np.concatenate([np.diff(block.first_atom) for block in blocks])),
+            _pointer(np.concatenate([np.diff(block.first_pair) for block in blocks])),
+            *tables,
+        )
+
+    def every_mask(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Which structures have some labels, also those labels that all have."""
+        return {name: self.labelled.get(name, np.ones(len(self), bool)) for name in names}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it takes."""
+        tables = (self.atoms, self.structures, self.pairs, self.labelled)
+        arrays = [array for table in tables for array in table.values()]
+        return sum(a.nbytes for a in (self.index, self.first_atom, self.first_pair, *arrays))
+
+    def take(self, rows: Int64[np.ndarray, " n"]) -> Block:
+        """Some of the structures, in the order in which they are named."""
+        atoms = ragged_rows(self.first_atom, rows)
+        first_pair = self.first_pair
+        stretches = list(zip(first_pair[rows].tolist(), first_pair[rows + 1].tolist(), strict=True))
+        nothing = [(0, 0)]  # there may be no rows
+        return Block(
+            self.index.take(rows),
+            _pointer(self.first_atom[rows + 1] - self.first_atom[rows]),
+            _pointer(first_pair[rows + 1] - first_pair[rows]),
+            {name: array.take(atoms, axis=0) for name, array in self.atoms.items()},
+            {name: array.take(rows, axis=0) for name, array in self.structures.items()},
+            {  # long stretches: faster than naming every row
+                name: np.concatenate([array[start:stop] for start, stop in stretches or nothing])
+                for name, array in self.pairs.items()
+            },
+            {name: mask.take(rows) for name, mask in self.labelled.items()},
+        )
+
+    def batch(self, rotations: Float[np.ndarray, "n 4"] | None = None) -> Batch:
+        """All of them as a batch.
+
+        Args:
+            rotations: unit quaternions (w, x, y, z), by which positions, cells and every label
+                that is a vector or a tensor are rotated about the origin.
+        """
+        sizes, n_pairs = np.diff(self.first_atom), np.diff(self.first_pair)
+        structure = np.repeat(np.arange(len(self)), sizes)
+        ij = np.empty((2, int(self.first_pair[-1])), np.int64)
+        ij[0] = np.repeat(np.arange(len(structure)), self.atoms["neighbors"])
+        np.add(self.pairs["neighbor"], np.repeat(self.first_atom[:-1], n_pairs), out=ij[1])
+        found = self.atoms | self.structures | self.pairs
+        if rotations is not None:
+            matrices = rotation_matrices(rotations)
+            for name in (name for name in found if turns(name)):
+                turn = matrices[structure] if FIELDS[name].per == "atom" else matrices
+                exact = rotated(name, found[name].astype(np.float64), turn)
+                found[name] = exact.astype(found[name].dtype)
+        tensors = {name: torch.from_numpy(array) for name, array in found.items()}
+        return Batch(
+            atomic_numbers=tensors["atomic_numbers"].to(torch.int64),
+            positions=tensors["positions"],
+            structure=torch.from_numpy(structure),
+            n_atoms=torch.from_numpy(sizes),
+            index=torch.from_numpy(self.index),
+            pairs=torch.from_numpy(ij),
+            labels={name: tensors[name] for name in LABELS if name in tensors},
+            labelled={
+                name: torch.from_numpy(mask)
+                for name, mask in self.labelled.items()
+                if not mask.all()
+            },
+            cell=tensors.get("cell"),
+            shifts=tensors.get("shift"),
+        )
+
+
+def _pointer(counts: np.ndarray) -> Int64[np.ndarray, " n_plus_1"]:
+    """Where rows begin, of so many each, and where they end."""
+    pointer = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=pointer[1:])
+    return pointer
+
+
+def _masked(blocks: Sequence[Block]) -> list[str]:
+    """Labels that some structure lacks."""
+    return sorted({name for block in blocks for name in block.labelled})
+
+
 def make_batch(structures: Structures, cutoff: float, dtype: torch.dtype = torch.float32) -> Batch:
-    """Structures as tensors, with the pairs within the cutoff; whole-array operations only.
+    """All of some structures as one batch.
 
     Args:
         structures: float64, eV, Å, e.
         cutoff: Å.
         dtype: of the floating-point tensors.
     """
-    counts = np.diff(structures.first_atom)
-    positions = structures.atoms["positions"]
+    return Block.of(structures, cutoff, dtype).batch()
 
-    def real(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
-    labels, labelled = {}, {}
-    for name, field in LABELS.items():
-        table = structures.atoms if field.per == "atom" else structures.structures
-        if name in table:
-            labels[name] = real(table[name])
-            mask = _labelled(table[name], field.per == "atom", structures.first_atom)
-            if not mask.all():
-                labelled[name] = torch.from_numpy(mask)
-    return Batch(
-        atomic_numbers=torch.from_numpy(structures.atoms["atomic_numbers"].astype(np.int64)),
-        positions=real(positions),
-        structure=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
-        n_atoms=torch.from_numpy(counts),
-        pairs=torch.from_numpy(pairs_within(positions, structures.first_atom, cutoff)),
-        labels=labels,
-        labelled=labelled,
-    )
+def _numpy(dtype: torch.dtype) -> np.dtype[Any]:
+    kind: np.dtype[Any] = torch.empty(0, dtype=dtype).numpy().dtype
+    return kind
 
 
 def _labelled(values: np.ndarray, per_atom: bool, first_atom: np.ndarray) -> np.ndarray:
@@ -111,39 +289,42 @@ def _labelled(values: np.ndarray, per_atom: bool, first_atom: np.ndarray) -> np.
     return np.logical_and.reduceat(rows, first_atom[:-1]) if per_atom else rows
 
 
-class BatchOrder(Sampler[np.ndarray]):
-    """Which structures make up each batch: a function of (seed, epoch) alone.
+def turns(name: str) -> bool:
+    """Whether a quantity changes when its structure is rotated."""
+    return name in FIELDS and name != PBC.name and FIELDS[name].shape in ((3,), (3, 3))
 
-    Every structure comes once an epoch; the last batch may be smaller.
+
+def rotation_matrices(quaternions: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 3 3"]:
+    """Rotation matrices of unit quaternions (w, x, y, z)."""
+    w, x, y, z = quaternions.T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def rotated(name: str, values: Any, matrices: Any) -> Any:
+    """A vector v as R v, a tensor T as R T Rᵀ, a cell's rows each as a vector.
+
+    Written out in products and sums, so that arrays and tensors on any device give the same bits.
+
+    Args:
+        name: of the quantity, one that `turns`.
+        values: float64, a row for each matrix.
+        matrices: R, float64.
     """
 
-    def __init__(self, n_structures: int, batch_size: int, seed: int | None) -> None:
-        """Cut `n_structures` into batches, shuffled anew each epoch unless `seed` is None."""
-        self.n_structures, self.batch_size, self.seed = n_structures, batch_size, seed
-        self.epoch = 0
+    def vectors(rows: Any) -> Any:  # (..., 3) as R v, for the matrix of each row
+        turned = rows[..., 0, None] * turn[..., :, 0]
+        for k in (1, 2):
+            turned = turned + rows[..., k, None] * turn[..., :, k]
+        return turned
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls this."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.n_structures // self.batch_size)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        order = np.arange(self.n_structures)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_structures)
-        for start in range(0, self.n_structures, self.batch_size):
-            yield order[start : start + self.batch_size]
-
-
-class BatchDataset(Dataset[Batch]):
-    """Structures in memory, from which whole batches are taken."""
-
-    def __init__(self, structures: Structures, cutoff: float) -> None:
-        """Keep `structures`; pairs of the batches are those within `cutoff`, Å."""
-        self.structures, self.cutoff = structures, cutoff
-
-    def __getitem__(self, chosen: np.ndarray) -> Batch:
-        """The batch of the chosen structures."""
-        return make_batch(self.structures.take(chosen), self.cutoff)
+    if FIELDS[name].shape == (3,):
+        turn = matrices
+        return vectors(values)
+    turn = matrices[:, None]
+    half = vectors(values)  # each row of T turned: T Rᵀ
+    return half if name == CELL.name else vectors(half.swapaxes(1, 2)).swapaxes(1, 2)

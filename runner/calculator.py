@@ -10,7 +10,6 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from runner.errors import InputError
 from runner.potentials import FROM_CHARGES
 from runner.predictor import Predictor
 from runner.structures import Structures
@@ -51,24 +50,22 @@ class NNPCalculator(Calculator):  # type: ignore[misc]
         """Compute everything for `atoms`; ASE calls this.
 
         Raises:
-            InputError: periodic boundary conditions.
             SelfEnergyError: an element that the potential was not trained on.
         """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None  # a copy of what was asked about
-        if self.atoms.pbc.any():
-            raise InputError(
-                "the potential cannot compute periodic structures yet",
-                where=str(self.atoms.symbols),
-                remedy="set atoms.pbc = False for a molecule",
-            )
         structures = Structures(
             first_atom=np.array([0, len(self.atoms)], np.int64),
             atoms={
                 "atomic_numbers": self.atoms.numbers.astype(np.uint8),
                 "positions": np.asarray(self.atoms.positions, np.float64),
             },
-            structures={},
+            structures={
+                "cell": np.asarray(self.atoms.cell.array, np.float64)[None],
+                "pbc": np.asarray(self.atoms.pbc, bool)[None],
+            }
+            if self.atoms.pbc.any()
+            else {},
         )
         prediction = self.predictor.predict(structures, where=str(self.atoms.symbols))
         self.results = {

@@ -494,10 +494,77 @@ class PrepareConfig(Section):
 
 
 class BatchConfig(Section):
-    """The size of a batch."""
+    """The size of a batch: one of these, never above it; 32 structures unless given."""
 
-    structures: Count = 32
+    structures: Count | None = None
     """Structures in a batch."""
+    atoms: Count | None = None
+    """Atoms in a batch, of structures that are packed to fill it."""
+    pairs: Count | None = None
+    """Pairs (i, j) within the cutoff in a batch, packed likewise; an atom without any counts as
+    one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_size(cls, given: Any) -> Any:
+        return given or {"structures": 32} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BatchConfig:
+        named = [f"{name} = {value}" for name, value in self if value is not None]
+        if len(named) != 1:
+            raise _reject(
+                f"found {' and '.join(named) or 'none'}; the size of a batch is given in "
+                "structures, in atoms or in pairs. Replace the table by one with a single key; "
+                "on the command line --set 'train.batch={atoms = 2048}'"
+            )
+        return self
+
+    @property
+    def unit(self) -> Literal["structures", "atoms", "pairs"]:
+        """What is counted."""
+        if self.atoms is not None:
+            return "atoms"
+        return "structures" if self.structures is not None else "pairs"
+
+    @property
+    def limit(self) -> int:
+        """How many of them are in a batch at most."""
+        return self.structures or self.atoms or self.pairs or 0
+
+
+class WeightsConfig(Section):
+    """How often the structures of each source, or group, come in an epoch.
+
+    An epoch stays as long as without weights.
+    """
+
+    by: Literal["source", "group"]
+    """`source`: the file; `group`: as `prepare.split.group_by` has it."""
+    values: dict[str, NonNegative] | None = None
+    """How often a structure comes, by the name of its source or group, relative to those not named,
+    which have 1. Unless given, all sources, or groups, come equally often."""
+
+
+class DataConfig(Section):
+    """`[train.data]`: where batches come from."""
+
+    residence: Literal["auto", "memory", "stream", "device"] = "auto"
+    """`memory`: all in RAM, with the neighbour lists; `stream`: read from disk every epoch, for
+    what is larger; `device`: all on the GPU, where the batches are made. `auto`: the GPU if all
+    fits in half of what is free there, else RAM likewise, else the disk. The batches are the
+    same."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Threads that make batches ahead; 0: each when it is needed. One for a GPU or a stream, else
+    none, unless given."""
+    train_size: Count | None = None
+    """Only so many structures of the training split, for learning curves; a smaller set is part of
+    a larger one. The self-energies are those of the whole split."""
+    weights: WeightsConfig | None = None
+    """Every structure once an epoch, unless given."""
+    rotate: bool = False
+    """Whether training structures are turned at random each time, with every label that is a vector
+    or a tensor; for potentials that are not equivariant by construction."""
 
 
 class PaiNNConfig(Section):
@@ -669,6 +736,7 @@ class TrainConfig(Section):
     precision: Literal["32-true"] = "32-true"
     """Floating-point numbers of the training."""
     batch: BatchConfig = BatchConfig()
+    data: DataConfig = DataConfig()
     potential: PaiNNConfig
     loss: LossConfig
     metrics: MetricsConfig | None = None

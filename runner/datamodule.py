@@ -2,52 +2,243 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import lightning
-from torch.utils.data import DataLoader
+import numpy as np
+import torch
+import torch.distributed
 
-from runner.batches import Batch, BatchDataset, BatchOrder
+from runner.config import BatchConfig, DataConfig, WeightsConfig
+from runner.epochs import Budget, EpochOrder
+from runner.errors import DatasetError
+from runner.loader import (
+    BatchLoader,
+    InMemory,
+    OnDevice,
+    Residence,
+    Shared,
+    Source,
+    Split,
+    choose_residence,
+)
 from runner.store import PreparedDataset
+
+SPLITS = ("train", "val", "test")
 
 
 class PreparedDataModule(lightning.LightningDataModule):
-    """Train, validation and test batches of a prepared dataset."""
+    """Train, validation and test batches of a prepared dataset.
 
-    def __init__(self, dataset: PreparedDataset, batch_size: int, cutoff: float, seed: int) -> None:
+    Attributes:
+        residence: where the data is; known once the first loader has been asked for.
+    """
+
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        batch: BatchConfig,
+        cutoff: float,
+        seed: int,
+        data: DataConfig | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Read from a dataset.
 
         Args:
             dataset: prepared.
-            batch_size: structures in a batch.
+            batch: size of a batch.
             cutoff: Å, of the pairs.
             seed: of the order of the training batches.
+            data: where batches come from.
+            say: is told where the data is.
+
+        Raises:
+            DatasetError: a structure is larger than a batch, or there are fewer than asked for.
         """
         super().__init__()
-        self.dataset, self.batch_size, self.cutoff, self.seed = dataset, batch_size, cutoff, seed
-        self._splits: dict[str, BatchDataset] = {}
+        self.dataset, self.batch, self.cutoff, self.seed = dataset, batch, cutoff, seed
+        self.data = data or DataConfig()
+        self.residence: Residence | None = None
+        self._say = say
+        self._loaders: dict[str, BatchLoader] = {}
+        self._splits = {name: self._split(name) for name in SPLITS}
 
-    def batches(self, split: str) -> DataLoader[Batch]:
+    def loader(self, split: str) -> BatchLoader:
         """Batches of one split; those of the training split in another order each epoch."""
-        if split not in self._splits:
-            self._splits[split] = BatchDataset(self.dataset.read(split), self.cutoff)
-        structures = self._splits[split]
-        seed = self.seed if split == "train" else None
-        order = BatchOrder(len(structures.structures), self.batch_size, seed)
-        return DataLoader(structures, batch_size=None, sampler=order, collate_fn=_as_it_is)
+        if split not in self._loaders:
+            self._loaders[split] = self._loader(split)
+        return self._loaders[split]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> BatchLoader:
         """Shuffled by seed and epoch."""
-        return self.batches("train")
+        loader = self.loader("train")
+        if self.trainer is not None:  # Lightning asks for the length before it says which epoch
+            loader.set_epoch(self.trainer.current_epoch)
+        return loader
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> BatchLoader:
         """In stored order."""
-        return self.batches("val")
+        return self.loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> BatchLoader:
         """In stored order."""
-        return self.batches("test")
+        return self.loader("test")
+
+    def _split(self, name: str) -> Split:
+        split = Split(
+            self.dataset, name, self.cutoff, self.data.train_size if name == "train" else None
+        )
+        asked = self.data.train_size or 0
+        if name == "train" and asked > split.n_structures:
+            raise DatasetError(
+                f"train_size is {asked}, and the training split has {split.n_structures} "
+                "structures",
+                where="train.data.train_size",
+                allowed=f"up to {split.n_structures}",
+            )
+        return split
+
+    def _loader(self, name: str) -> BatchLoader:
+        if self.residence is None:
+            self.residence = self._choose_residence()
+        split, training = self._splits[name], name == "train"
+        source = self._source(split)
+        weights = self.data.weights if training else None
+        order = EpochOrder(
+            split.n_structures,
+            self._budget(split, source),
+            seed=self.seed if training else None,
+            block=split.block,
+            weights=None if weights is None else self._weights(weights, split),
+            rotate=training and self.data.rotate,
+        )
+        workers = self.data.workers
+        if workers is None:
+            on_gpu = self._device().type == "cuda" and self.residence != "device"
+            workers = 1 if on_gpu or self.residence == "stream" else 0
+        rank, n_ranks = _ranks()
+        return BatchLoader(source, order, rank=rank, n_ranks=n_ranks, ahead=workers)
+
+    def _source(self, split: Split) -> Source:
+        if self.residence == "device":
+            return OnDevice(split, self._device())
+        rank, n_ranks = _local_ranks()
+        if self.residence == "memory" and n_ranks > 1:
+            with _common_folder(rank) as folder:
+                return Shared(split, folder, rank, n_ranks, torch.distributed.barrier)
+        return InMemory(split, keep=self.residence == "memory")
+
+    def _choose_residence(self) -> Residence:
+        """As asked for; with what that means said."""
+        needed = sum(split.bytes_needed() for split in self._splits.values())
+        asked = self.data.residence
+        chosen = choose_residence(needed, self._device()) if asked == "auto" else asked
+        size = f"{needed / 1e9:.2g} GB" if needed > 5e6 else f"{needed / 1e6:.2g} MB"
+        self._say(
+            {
+                "memory": f"data in memory, {size} with the neighbour lists, which are kept",
+                "stream": f"data streamed from disk, neighbour lists made anew every epoch "
+                f"({size} would keep all in memory)",
+                "device": f"data on the device {self._device()}, {size} with the neighbour lists, "
+                "which are kept",
+            }[chosen]
+        )
+        return chosen
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _budget(self, split: Split, source: Source) -> Budget:
+        """How large a batch is, if every structure fits into one."""
+        unit, limit = self.batch.unit, self.batch.limit
+        if unit == "structures":
+            return Budget(unit, limit)
+        if unit == "atoms":
+            sizes = self.dataset.sizes(split.name)[: split.n_structures]
+        else:
+            self._say(f"counting the pairs of the {split.name} split")
+            sizes = source.pairs()
+        if len(sizes) and sizes.max() > limit:
+            index = int(sizes.argmax())
+            raise DatasetError(
+                f"a structure of the {split.name} split has {sizes[index]} {unit}, more than a "
+                f"batch of {limit}",
+                where=self.dataset.name_of(split.name, index),
+                allowed=f"train.batch.{unit} of at least {sizes[index]}",
+                remedy=f"raise train.batch.{unit}, or drop large structures in prepare.filter",
+            )
+        return Budget(unit, limit, sizes.astype(np.int32))
+
+    def _weights(self, config: WeightsConfig, split: Split) -> np.ndarray:
+        """How often each structure comes, relative to the others."""
+        if config.by == "group":
+            names = list(self.dataset.attributes.get("groups", []))
+            member = self.dataset.groups(split.name)[: split.n_structures]
+        else:
+            names = [source["name"] for source in self.dataset.attributes["sources"]]
+            member = self.dataset.origins(split.name)[: split.n_structures, 0]
+        counts = np.bincount(member, minlength=len(names))
+        if config.values is None:
+            alike: np.ndarray = (1 / np.maximum(counts, 1))[member]
+            return alike
+        unknown = sorted(set(config.values) - set(names))
+        if unknown:
+            few = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
+            raise DatasetError(
+                f'there is no {config.by} "{unknown[0]}"',
+                where="train.data.weights.values",
+                allowed=few,
+            )
+        values: np.ndarray = np.array([config.values.get(name, 1.0) for name in names])
+        if not (values * counts).any():
+            raise DatasetError(
+                f"every {config.by} of the training split has the weight 0",
+                where="train.data.weights.values",
+            )
+        chosen: np.ndarray = values[member]
+        return chosen
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _ranks() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    if not _distributed():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _local_ranks() -> tuple[int, int]:
+    """The same among those of this machine."""
+    if not _distributed():
+        return 0, 1
+    machines: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(machines, os.uname().nodename)
+    rank = torch.distributed.get_rank()
+    return machines[:rank].count(machines[rank]), machines.count(machines[rank])
+
+
+@contextlib.contextmanager
+def _common_folder(rank: int) -> Iterator[Path]:
+    """A folder in memory, or else on disk, that all processes of this machine know."""
+    names: list[tuple[str, str]] = [("", "")] * torch.distributed.get_world_size()
+    made = ""
+    if rank == 0:
+        in_memory = Path("/dev/shm")
+        made = tempfile.mkdtemp(prefix="runner-", dir=in_memory if in_memory.is_dir() else None)
+    here = os.uname().nodename
+    torch.distributed.all_gather_object(names, (here, made))
+    folder = Path(next(name for machine, name in names if machine == here and name))
+    try:
+        yield folder
+    finally:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)

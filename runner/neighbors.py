@@ -2,35 +2,138 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
-from jaxtyping import Float, Int64
+import vesin
+from ase.geometry import complete_cell
+from jaxtyping import Bool, Float, Int8, Int32, Int64
+
+from runner.errors import DatasetError
+
+ALL_PAIRS_UP_TO = 256  # atoms of a molecule; for larger ones a cell list is faster
+AT_ONCE = 1 << 15  # distances, so that they stay in the processor's cache
+FURTHEST_IMAGE = 127  # cells; what an int8 holds
 
 
-def pairs_within(
+@dataclass(frozen=True)
+class NeighborLists:
+    """Who sees whom: the neighbours of each atom, atom after atom.
+
+    Attributes:
+        counts: neighbours of each atom.
+        neighbors: their numbers within their structure, from 0.
+        shifts: how many of the three cell vectors further on each neighbour is; None if no
+            structure is periodic.
+    """
+
+    counts: Int32[np.ndarray, " n_atoms"]
+    neighbors: Int32[np.ndarray, " n_pairs"]
+    shifts: Int8[np.ndarray, "n_pairs 3"] | None
+
+
+def find_neighbors(
     positions: Float[np.ndarray, "n_atoms 3"],
     first_atom: Int64[np.ndarray, " n_structures_plus_1"],
     cutoff: float,
-) -> Int64[np.ndarray, "2 n_pairs"]:
-    """All ordered pairs (i, j), i ≠ j, of one structure that are closer than the cutoff.
+    cell: Float[np.ndarray, "n_structures 3 3"] | None = None,
+    pbc: Bool[np.ndarray, "n_structures 3"] | None = None,
+) -> NeighborLists:
+    """All ordered pairs of atoms of one structure, images included, closer than the cutoff.
 
-    Whole-array: every pair within a structure is made, then filtered by its distance.
+    For molecules of up to 256 atoms all distances are computed, those of many molecules of like
+    size at once; larger and periodic structures have vesin's cell lists.
 
     Args:
-        positions: Å.
+        positions: Å; atoms may be outside the cell.
         first_atom: the atoms of structure s are the rows from `first_atom[s]` to
             `first_atom[s + 1]`; the first entry is 0.
         cutoff: Å; a pair at this distance is left out.
+        cell: Å, rows are the vectors; those of directions that are not periodic do not count.
+        pbc: along which vectors each structure repeats; none, if not given.
 
     Returns:
-        Rows of i and of j, sorted by i, then by j.
+        Lists in which an atom is its own neighbour only as an image.
+
+    Raises:
+        DatasetError: the cutoff reaches further than 127 cells.
     """
-    counts = np.diff(first_atom)
-    per_atom = np.repeat(counts, counts)  # candidates j of each atom i, itself included
-    i = np.repeat(np.arange(len(positions)), per_atom)
-    starts = np.repeat(np.cumsum(per_atom) - per_atom, per_atom)
-    j = np.repeat(np.repeat(first_atom[:-1], counts), per_atom) + np.arange(len(i)) - starts
-    distinct = i != j
-    i, j = i[distinct], j[distinct]
-    separation = positions[j] - positions[i]
-    near = np.einsum("pk,pk->p", separation, separation) < cutoff**2
-    return np.stack([i[near], j[near]])
+    sizes = np.diff(first_atom)
+    periodic = np.zeros(len(sizes), bool)
+    if pbc is not None:
+        periodic |= pbc.any(axis=1)
+    molecules = np.flatnonzero(~periodic & (sizes <= ALL_PAIRS_UP_TO))
+    counts = np.zeros(len(positions), np.int32)
+    neighbors: list[np.ndarray] = [np.empty(0, np.int32)] * len(sizes)
+    shifts: list[np.ndarray] | None = None
+    if pbc is not None:
+        shifts = [np.empty((0, 3), np.int8)] * len(sizes)
+    for chosen in _of_like_size(sizes, molecules):
+        atoms, per_atom, found = _all_pairs(positions, first_atom, chosen, cutoff)
+        counts[atoms] = per_atom
+        ends = np.cumsum(per_atom)[np.cumsum(sizes[chosen]) - 1].tolist()
+        for s, start, stop in zip(chosen.tolist(), [0, *ends], ends, strict=False):
+            neighbors[s] = found[start:stop]
+            if shifts is not None:
+                shifts[s] = np.zeros((stop - start, 3), np.int8)
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
+    for s in np.flatnonzero(periodic | (sizes > ALL_PAIRS_UP_TO)).tolist():
+        rows = slice(first_atom[s], first_atom[s + 1])
+        box, repeats = np.zeros((3, 3)), np.zeros(3, bool)
+        if periodic[s] and cell is not None and pbc is not None:
+            repeats = pbc[s]
+            box = complete_cell(np.where(repeats[:, None], cell[s], 0.0))
+        i, j, images = search.compute(
+            points=positions[rows], box=box, periodic=repeats.tolist(), quantities="ijS"
+        )
+        counts[rows] = np.bincount(i.astype(np.int64), minlength=sizes[s])
+        neighbors[s] = j.astype(np.int32)
+        if shifts is not None:
+            shifts[s] = _as_int8(images, box, cutoff)
+    return NeighborLists(
+        counts,
+        np.concatenate(neighbors) if neighbors else np.empty(0, np.int32),
+        None if shifts is None else np.concatenate([np.empty((0, 3), np.int8), *shifts]),
+    )
+
+
+def _of_like_size(sizes: np.ndarray, chosen: np.ndarray) -> Iterator[np.ndarray]:
+    """The chosen structures by size, so many at once that their distances fit in cache."""
+    by_size = chosen[np.argsort(sizes[chosen], kind="stable")]
+    ascending = sizes[by_size]
+    start = 0
+    while start < len(by_size):
+        smallest = int(ascending[start])
+        alike = int(np.searchsorted(ascending, 1.25 * smallest + 1, side="right"))
+        stop = min(alike, start + max(1, AT_ONCE // max(1, smallest**2)))
+        yield by_size[start:stop]
+        start = stop
+
+
+def _all_pairs(
+    positions: np.ndarray, first_atom: np.ndarray, chosen: np.ndarray, cutoff: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of the atoms of the chosen structures, how many neighbours each has, and which."""
+    sizes = first_atom[chosen + 1] - first_atom[chosen]
+    width = int(sizes.max(initial=0))
+    there = np.arange(width) < sizes[:, None]
+    atoms = (first_atom[chosen, None] + np.arange(width))[there]
+    padded = np.full((3, len(chosen), width), np.nan)  # an atom that is not there is near none
+    padded[:, there] = positions[atoms].T
+    separation = padded[:, :, :, None] - padded[:, :, None, :]
+    near = np.einsum("ksij,ksij->sij", separation, separation) < cutoff**2
+    near[:, np.arange(width), np.arange(width)] = False
+    per_atom = np.count_nonzero(near, axis=2)[there].astype(np.int32)
+    return atoms, per_atom, (np.flatnonzero(near) % max(width, 1)).astype(np.int32)
+
+
+def _as_int8(shifts: np.ndarray, cell: np.ndarray, cutoff: float) -> np.ndarray:
+    if shifts.size and np.abs(shifts).max() > FURTHEST_IMAGE:
+        raise DatasetError(
+            f"a cutoff of {cutoff:g} Å reaches over more than {FURTHEST_IMAGE} images of a cell "
+            f"with the vectors {cell.round(3).tolist()} Å",
+            where="train.potential.cutoff",
+            remedy="lower it, or repeat the cell in the data",
+        )
+    return shifts.astype(np.int8)

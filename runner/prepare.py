@@ -161,6 +161,9 @@ def _build(request: Request, terminal: Terminal) -> None:
         offsets = np.full(len(structures), np.nan)
         offsets[order] = sum_of_self_energies(fit.values, pool.columns, pool.wide[order])
         corrected = pool.with_energies(pool.energies - offsets, len(config.levels))
+        if config.split.group_by is not None:
+            group_names, number = np.unique(_groups(pool, config) or [], return_inverse=True)
+            corrected.structures["group"] = number.astype(np.int32)
         distinct, owner, _ = distinct_compositions(pool.wide[order])
         named = formulas_of_columns(pool.columns, distinct)
         names = [named[number] for number in owner.tolist()]
@@ -186,6 +189,8 @@ def _build(request: Request, terminal: Terminal) -> None:
             "energy_range": energy_range(before, after, pool.wide[order]),
             "duplicates": duplicates,
         }
+        if "group" in corrected.structures:
+            attributes["groups"] = group_names.tolist()
         attributes["warnings"] = _warnings(pool, request, fit, duplicates)
         write_dataset(
             request.path,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from runner.errors import DatasetError
@@ -30,6 +30,7 @@ SCHEMA_VERSION = 2
 TRANSFORMATION_VERSION = 1  # raise when the same input would give other numbers
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 20
+ORIGIN = ("source", "source_index", "group", "level")  # where each structure came from
 
 
 def fingerprint(prepare: Mapping[str, Any], hashes: Sequence[Sequence[str]]) -> str:
@@ -228,6 +229,12 @@ def _open(path: Path, *, rust: bool) -> tuple[dict[str, Any], dict[str, zarr.Arr
         }
 
 
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What tells a dataset from another one that is put in its place."""
+    status = (path / "zarr.json").stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class PreparedDataset:
     """A prepared dataset on disk.
 
@@ -246,6 +253,7 @@ class PreparedDataset:
         if not path.is_dir():
             raise DatasetError(f"there is no prepared dataset at {path}")
         try:
+            self._identity = _identity(path)
             self.attributes, self._arrays = _open(path, rust=True)
             _, self._checked = _open(path, rust=False)
         except Exception as error:  # zarr raises many kinds for a damaged hierarchy
@@ -265,28 +273,67 @@ class PreparedDataset:
         """
         return self.read_rows(*self.attributes["splits"][split])
 
-    def read_rows(self, start: int, stop: int) -> Structures:
+    def read_rows(self, start: int, stop: int, *, origins: bool = True) -> Structures:
         """The structures from `start` up to `stop`, in their stored order, float64.
+
+        Args:
+            start: the first.
+            stop: the one after the last.
+            origins: whether to read where they came from.
 
         Raises:
             DatasetError: a chunk is missing, or its checksum is wrong.
         """
         first_atom = self._read("structures/first_atom", start, stop + 1)
         rows = (int(first_atom[0]), int(first_atom[-1]))
+        left_out = {"first_atom"} if origins else {"first_atom", *ORIGIN}
         structures, atoms = {}, {}
         for key in self._arrays:
             table, name = key.split("/")
             if table == "atoms":
                 atoms[name] = self._read(key, *rows)
-            elif name != "first_atom":
+            elif name not in left_out:
                 structures[name] = self._read(key, start, stop)
         return Structures(first_atom - first_atom[0], atoms, structures)
+
+    def sizes(self, split: str) -> Int32[np.ndarray, " n_split"]:
+        """How many atoms each structure of a split has."""
+        start, stop = self.attributes["splits"][split]
+        parts = [
+            np.diff(self._read("structures/first_atom", first, min(first + SHARD_ROWS, stop) + 1))
+            for first in range(start, stop, SHARD_ROWS)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int32)
 
     def origins(self, split: str) -> Int64[np.ndarray, "n_split 2"]:
         """Number of the source file, and of the structure in it, for each structure of a split."""
         start, stop = self.attributes["splits"][split]
         source = self._read("structures/source", start, stop).astype(np.int64)
         return np.stack([source, self._read("structures/source_index", start, stop)], axis=1)
+
+    def groups(self, split: str) -> Int64[np.ndarray, " n_split"]:
+        """Number of the group of each structure of a split, among `attributes["groups"]`.
+
+        Raises:
+            DatasetError: it was prepared without groups.
+        """
+        if "structures/group" not in self._arrays:
+            raise DatasetError(
+                "the prepared dataset has no groups",
+                where=str(self.path),
+                remedy="name them with prepare.split.group_by; for a dataset of an earlier version "
+                "that has it, delete this folder and run `runner prepare` again",
+            )
+        start, stop = self.attributes["splits"][split]
+        return self._read("structures/group", start, stop).astype(np.int64)
+
+    def name_of(self, split: str, number: int) -> str:
+        """Where a structure of a split came from, for a message."""
+        start, _ = self.attributes["splits"][split]
+        row = start + number
+        source = int(self._read("structures/source", row, row + 1)[0])
+        index = int(self._read("structures/source_index", row, row + 1)[0])
+        return f"{self.attributes['sources'][source]['name']}, structure {index} (counted from 0)"
 
     @property
     def n_atoms(self) -> int:
@@ -307,19 +354,52 @@ class PreparedDataset:
         """Some rows of an array, every chunk of them checked.
 
         The codecs in Rust check a shard only if all of it is asked for, and lies within the array:
-        so whole shards are read, and the last one, which sticks out, with zarr's own codecs.
+        so they read the whole shards, and zarr's own codecs what is before and after.
         """
         if key not in self._arrays:
             raise self._damaged(f"the array {key} is missing")
         array, checked = self._arrays[key], self._checked[key]
-        rows, shard = array.shape[0], (array.shards or array.chunks)[0]
-        first, last = start // shard * shard, min(-(-stop // shard) * shard, rows)
-        inside = max(first, min(last, rows // shard * shard))
+        shard = (array.shards or array.chunks)[0]
+        first = min(-(-start // shard) * shard, stop)
+        last = max(stop // shard * shard, first)
+        self._refuse_changed()
         try:
-            parts = [np.asarray(array[first:inside]), np.asarray(checked[inside:last])]
+            parts = ((checked, start, first), (array, first, last), (checked, last, stop))
+            rows = [np.asarray(reader[low:high]) for reader, low, high in parts if low < high]
         except Exception as error:  # both codec pipelines raise kinds of their own
-            raise self._damaged(f"the array {key} cannot be read: {error}") from error
-        return np.concatenate(parts)[start - first : stop - first]
+            where = self._first_bad_chunk(key, start, stop)
+            raise self._damaged(f"{where} of the array {key} cannot be read: {error}") from error
+        self._check_shards(key, range(start // shard, -(-stop // shard)))
+        if len(rows) == 1:
+            return rows[0]
+        return np.concatenate([np.empty((0, *array.shape[1:]), array.dtype), *rows])
+
+    def _first_bad_chunk(self, key: str, start: int, stop: int) -> str:
+        checked = self._checked[key]
+        rows = checked.chunks[0]
+        for first in range(start // rows * rows, stop, rows):
+            try:
+                checked[first : min(first + rows, checked.shape[0])]
+            except Exception:
+                return f"chunk {first // rows} (rows from {first})"
+        return "a chunk"
+
+    def _refuse_changed(self) -> None:
+        """A dataset is written once: whoever finds another one in its place must not go on."""
+        try:
+            now = _identity(self.path)
+        except OSError:
+            now = None
+        if now != self._identity:
+            raise DatasetError(
+                "the prepared dataset was changed or removed while it was in use",
+                where=str(self.path),
+                remedy="run `runner prepare` again, and leave its folder alone during a training",
+            )
+
+    def _shard_file(self, key: str, number: int) -> Path:
+        further = ["0"] * (self._arrays[key].ndim - 1)
+        return self.path.joinpath(key, "c", str(number), *further)
 
     def _check_lengths(self) -> None:
         """Arrays of one table are as long as each other, and the splits lie within them."""
@@ -337,10 +417,18 @@ class PreparedDataset:
     def _check_chunks(self) -> None:
         for key, array in self._arrays.items():
             shards = -(-array.shape[0] // (array.shards or array.chunks)[0])
-            for number in range(shards):
-                chunk = self.path / key / "c" / "/".join([str(number), *["0"] * (array.ndim - 1)])
-                if not chunk.is_file():
-                    raise self._damaged(f"chunk {number} of the array {key} is missing")
+            self._check_shards(key, range(shards))
+
+    def _check_shards(self, key: str, numbers: range) -> None:
+        """See that files are there and not empty, where zarr would put in fill values."""
+        for number in numbers:
+            file = self._shard_file(key, number)
+            if not file.is_file():
+                raise self._damaged(f"chunk {number} of the array {key} is missing")
+            if file.stat().st_size == 0:
+                raise self._damaged(
+                    f"chunk {number} of the array {key} cannot be read: it is empty"
+                )
 
     def _damaged(self, what: str) -> DatasetError:
         return DatasetError(

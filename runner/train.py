@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from runner import plots
-from runner.config import Config, TrainConfig
+from runner.config import Config, DataConfig, TrainConfig
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError
 from runner.experiment import RunDirectory
@@ -89,7 +89,7 @@ def _train(
     # filling fresh memory costs time and changes no number
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     data = PreparedDataModule(
-        dataset, config.batch.structures, config.potential.cutoff, config.seed
+        dataset, config.batch, config.potential.cutoff, config.seed, config.data, terminal.say
     )
     quantities = {*config.loss.terms, *config.measured}
     potential = build_potential(
@@ -125,12 +125,6 @@ def _check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
                 allowed=", ".join(dataset.labels),
                 remedy=f"map {name} in [[prepare.source]], or take it out of train.{section}",
             )
-    if dataset.periodic:
-        raise DatasetError(
-            "the dataset has periodic structures, and training on them is not supported yet",
-            where=str(dataset.path),
-            allowed="structures that are periodic in no direction",
-        )
     start, stop = dataset.attributes["splits"]["val"]
     if start == stop:
         raise DatasetError(
@@ -191,6 +185,7 @@ def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> ligh
         enable_model_summary=False,
         enable_progress_bar=interactive,
         use_distributed_sampler=False,
+        reload_dataloaders_every_n_epochs=int(_length_varies(config)),
         default_root_dir=run.path,
         logger=[
             CSVLogger(run.path, name="", version="", flush_logs_every_n_steps=1),
@@ -203,6 +198,11 @@ def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> ligh
             *_early_stopping(config),
         ],
     )
+
+
+def _length_varies(config: TrainConfig) -> bool:
+    """Whether epochs differ in how many batches they have, which Lightning then asks each time."""
+    return config.batch.unit != "structures" or config.data.weights is not None
 
 
 def _checkpoints(folder: Path) -> list[Callback]:
@@ -240,6 +240,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+TOO_MUCH_WAITING = 0.1
+
+
 class ProgressBar(RichProgressBar):
     """Lightning's bar, with the losses of the last epoch beside it."""
 
@@ -249,7 +252,13 @@ class ProgressBar(RichProgressBar):
         """Training and validation loss, once there are some."""
         values = trainer.callback_metrics
         named = (("train loss", "train/loss/total_loss"), ("val loss", MONITOR))
-        return {name: f"{float(values[key]):.4g}" for name, key in named if key in values}
+        shown: dict[str, int | str | float | dict[str, float]] = {
+            name: f"{float(values[key]):.4g}" for name, key in named if key in values
+        }
+        if "time/data" in values:
+            row = {name: float(values[name]) for name in ("time/data", "time/compute")}
+            shown["waiting for data"] = f"{100 * waiting_share(row):.0f} %"
+        return shown
 
 
 class EpochLines(Logger):
@@ -263,6 +272,7 @@ class EpochLines(Logger):
         self.say = terminal.note if to_file else terminal.say
         self.config = config
         self._last = time.perf_counter()
+        self._advised = False
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: the config is in the run directory."""
@@ -277,8 +287,28 @@ class EpochLines(Logger):
             f"epoch {metrics['epoch'] + 1}/{self.config.epochs}  "
             f"loss {metrics['train/loss/total_loss']:.4g} / {metrics[MONITOR]:.4g}  "
             f"{'  '.join(errors)}  lr {metrics['lr']:.2g}  {now - self._last:.1f} s"
+            f", {100 * waiting_share(metrics):.0f} % waiting for data"
         )
         self._last = now
+        warm = metrics["epoch"] > 0 or self.config.epochs == 1  # the first reads the data
+        if warm and waiting_share(metrics) > TOO_MUCH_WAITING and not self._advised:
+            self._advised = True
+            self.say(f"advice: {advice(self.config.data)}")
+
+
+def waiting_share(metrics: Mapping[str, float | int]) -> float:
+    """Which part of an epoch's training was spent waiting for batches."""
+    waited, computed = metrics["time/data"], metrics["time/compute"]
+    return waited / max(waited + computed, 1e-9)
+
+
+def advice(config: DataConfig) -> str:
+    """What helps when a training waits for its batches."""
+    start = f"more than {100 * TOO_MUCH_WAITING:.0f} % of the time goes into waiting for batches; "
+    if config.residence == "stream":
+        return start + 'if memory allows, set train.data.residence = "memory" (or "auto")'
+    workers = (config.workers or 0) + 1
+    return start + f"set train.data.workers = {workers}, or make the batches larger"
 
 
 def _headline(config: TrainConfig) -> list[tuple[str, str]]:
@@ -343,7 +373,7 @@ def _parity_pairs(
     collected: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     potential = module.potential.eval()
     quantities = {*module.config.loss.terms, *module.config.measured}
-    for batch in data.batches("test"):
+    for batch in data.loader("test"):
         prediction = potential(batch.to(potential.scale.device))
         for name in quantities:
             predicted, reference = labelled_components(

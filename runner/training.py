@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class Training(lightning.LightningModule):
         self.latest: dict[str, dict[str, float]] = {}  # by split
         self.loss = Loss(config.loss)
         measured = config.measured
+        self._started = self._validation_started = time.perf_counter()
+        self._validating = 0.0
         self.needs_forces = "forces" in measured or "forces" in config.loss.terms
         self.splits = torch.nn.ModuleDict(
             # "train" is an attribute of every module, so the keys carry a suffix
@@ -64,15 +67,32 @@ class Training(lightning.LightningModule):
         self._metrics(split).update(sums, prediction, batch)
         return self.loss.total({n: s.mean for n, s in sums.items()}, self.current_epoch)
 
+    def on_train_epoch_start(self) -> None:
+        """Start the clock."""
+        self._started, self._validating = time.perf_counter(), 0.0
+
     def on_train_epoch_end(self) -> None:
         """Validation came before: the epoch is over, and makes one row of the logs."""
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        row = {"epoch": self.current_epoch, "lr": rate}
+        row = {"epoch": self.current_epoch, "lr": rate} | self._times()
         self._write(row | self._finish("train") | self.latest["val"])
+
+    def _times(self) -> dict[str, float]:
+        """Seconds that the epoch's training waited for batches, and those that it computed."""
+        waited = getattr(self.trainer.train_dataloader, "waited", 0.0)
+        took = time.perf_counter() - self._started - self._validating
+        times = {"time/data": waited, "time/compute": max(took - waited, 0.0)}
+        self.log_dict(times, logger=False)
+        return times
+
+    def on_validation_epoch_start(self) -> None:
+        """Validation is timed apart."""
+        self._validation_started = time.perf_counter()
 
     def on_validation_epoch_end(self) -> None:
         """Measure the validation split."""
         self._finish("val")
+        self._validating += time.perf_counter() - self._validation_started
 
     def on_test_epoch_end(self) -> None:
         """Measure the test split, and log it."""

@@ -45,6 +45,8 @@ FLOORS: dict[str, int] = {
     "runner.terminal": 1,
     "runner.batches": 2,
     "runner.neighbors": 2,
+    "runner.epochs": 2,
+    "runner.loader": 2,
     "runner.losses": 2,
     "runner.metrics": 2,
     "runner.potentials": 2,

@@ -1,12 +1,20 @@
-"""Batches hold what the arrays hold, cast once; every structure comes once an epoch."""
+"""Batches hold what the arrays hold, cast once, and what has a direction turns as one."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from molecules import random_structures, without
+from dataclasses import replace
 
-from runner.batches import BatchDataset, BatchOrder, make_batch
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.neighborlist import neighbor_list
+from molecules import random_structures, without
+from scipy.spatial.transform import Rotation
+
+from runner.batches import Batch, Block, make_batch
+from runner.potentials.components import pair_vectors
+from runner.structures import Structures
 
 
 def test_a_batch_holds_the_arrays_as_float32() -> None:
@@ -43,43 +51,91 @@ def test_sum_by_structure_equals_a_loop() -> None:
         assert torch.allclose(found[index], expected)
 
 
-def test_every_structure_comes_once_an_epoch_and_the_order_is_a_function_of_seed_and_epoch() -> (
-    None
-):
-    order = BatchOrder(103, 10, seed=3)
-    epochs = []
-    for epoch in (0, 1):
-        order.set_epoch(epoch)
-        batches = list(order)
-        assert [len(batch) for batch in batches] == [10] * 10 + [3] == [10] * (len(order) - 1) + [3]
-        epochs.append(np.concatenate(batches))
-        assert sorted(epochs[-1]) == list(range(103))
-    assert not np.array_equal(*epochs)
-    again = BatchOrder(103, 10, seed=3)
-    again.set_epoch(1)
-    assert np.array_equal(np.concatenate(list(again)), epochs[1])
-    assert np.array_equal(np.concatenate(list(BatchOrder(103, 10, None))), np.arange(103))
+def _equal(one: Batch, other: Batch) -> bool:
+    """Whether two batches are the same to the bit."""
+    tensors = [
+        {**vars(batch), **batch.labels, **{f"has {n}": m for n, m in batch.labelled.items()}}
+        for batch in (one, other)
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+    return all(
+        torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7))
+        for a, b in zip(tensors[0].values(), tensors[1].values(), strict=True)
+        if isinstance(a, torch.Tensor)
+    )
 
 
-def test_the_shuffle_is_fair() -> None:
-    """Chi-squared of the batch in which each structure comes, over many epochs."""
-    order = BatchOrder(20, 5, seed=0)
-    counts = np.zeros((20, 4))
-    for epoch in range(400):
-        order.set_epoch(epoch)
-        for number, batch in enumerate(order):
-            counts[batch, number] += 1
-    chi_squared = ((counts - 100) ** 2 / 100).sum()  # 57 degrees of freedom, 99.9 %: 97
-    assert 25 < chi_squared < 97
+def _mixed() -> Structures:
+    """Molecules and crystals, some without a label."""
+    structures = random_structures([2, 4, 3, 1, 5, 6])
+    cells = np.zeros((6, 3, 3))
+    cells[[1, 4]] = [[3.0, 0.1, 0], [0.2, 4.0, 0.3], [0, 0.5, 5.0]]
+    pbc = np.zeros((6, 3), bool)
+    pbc[1], pbc[4] = True, (True, False, True)
+    stress = np.random.default_rng(0).normal(size=(6, 3, 3))
+    arrays = structures.structures | {"cell": cells, "pbc": pbc, "stress": stress}
+    return without(replace(structures, structures=arrays), "forces", [2, 5])
 
 
-def test_a_dataset_gives_the_batch_of_the_chosen_structures() -> None:
-    structures = random_structures([2, 4, 3, 1])
-    batch = BatchDataset(structures, 5.0)[np.array([2, 0])]
-    assert batch.n_atoms.tolist() == [3, 2]
-    alone = make_batch(structures.take(np.array([2])), 5.0)
-    assert torch.equal(batch.positions[:3], alone.positions)
-    assert torch.equal(batch.labels["forces"][:3], alone.labels["forces"])
+def test_blocks_taken_apart_and_joined_are_the_same() -> None:
+    structures = _mixed()
+    whole = Block.of(structures, 4.0)
+    chosen = np.array([4, 0, 5, 4, 2])
+    expected = make_batch(structures.take(chosen), 4.0)
+    taken = whole.take(chosen)
+    assert taken.index.tolist() == chosen.tolist() == taken.batch().index.tolist()
+    assert _equal(replace(taken.batch(), index=expected.index), expected)
+    parts = [Block.of(structures.take(np.arange(a, b)), 4.0, first=a) for a, b in ((0, 2), (2, 6))]
+    assert _equal(Block.join(parts).take(chosen).batch(), taken.batch())
+    nothing = whole.take(np.array([], np.int64)).batch()
+    assert nothing.n_structures == 0
+    assert _equal(nothing, replace(taken.batch().none(), labelled={}))
+
+
+def test_a_rotation_turns_everything_that_has_a_direction() -> None:
+    structures = _mixed()
+    block = Block.of(structures, 4.0, torch.float64)
+    rng = np.random.default_rng(1)
+    turns = Rotation.random(6, random_state=rng)
+    quaternions = turns.as_quat(scalar_first=True)
+    plain, turned = block.batch(), block.batch(quaternions)
+    r = torch.from_numpy(turns.as_matrix())
+    of_atom = r[plain.structure]
+    for name in ("forces", "positions"):
+        before, after = ({**vars(b), **b.labels}[name] for b in (plain, turned))
+        expected = (of_atom @ before.unsqueeze(-1)).squeeze(-1)
+        assert torch.allclose(after, expected, equal_nan=True, atol=1e-12)
+    dipole, stress = plain.labels["dipole"], plain.labels["stress"]
+    assert torch.allclose(turned.labels["dipole"], (r @ dipole.unsqueeze(-1)).squeeze(-1))
+    assert torch.allclose(turned.labels["stress"], r @ stress @ r.mT)
+    assert torch.allclose(turned.cell, plain.cell @ r.mT)
+    for name in ("energy", "charges", "total_charge"):
+        assert torch.equal(turned.labels[name], plain.labels[name])
+    # distances within the batch, over its cells too, stay
+    assert torch.allclose(pair_vectors(turned)[0], pair_vectors(plain)[0], atol=1e-12)
+
+
+def test_images_lie_where_the_shifts_say() -> None:
+    structures = _mixed()
+    batch = make_batch(structures, 4.0, torch.float64)
+    distance, direction = pair_vectors(batch)
+    found, start = [], 0
+    for s, n in enumerate(np.diff(structures.first_atom).tolist()):
+        rows = slice(start, start + n)
+        atoms = Atoms(
+            "H" * n,
+            structures.atoms["positions"][rows],
+            cell=structures.structures["cell"][s],
+            pbc=structures.structures["pbc"][s],
+        )
+        i, j, d, v = neighbor_list("ijdD", atoms, 4.0)
+        found += [(a + start, b + start, *w, x) for a, b, x, w in zip(i, j, d, v, strict=True)]
+        start += n
+    ours = np.column_stack([batch.pairs.T, direction * distance.unsqueeze(-1), distance])
+    assert len(ours) == len(found) > 100
+    assert np.array(sorted(ours.round(9).tolist())) == pytest.approx(
+        np.array(sorted(np.array(found).round(9).tolist())), abs=1e-8
+    )
 
 
 def test_moving_a_batch_moves_every_tensor() -> None:

@@ -13,7 +13,7 @@ from molecules import SELF_ENERGIES, springs, write_experiment
 from runner.batches import make_batch
 from runner.calculator import NNPCalculator
 from runner.config import load_config
-from runner.errors import InputError, RunError, SelfEnergyError
+from runner.errors import RunError, SelfEnergyError
 from runner.predictor import Predictor
 from runner.prepare import prepare
 from runner.terminal import Terminal
@@ -76,12 +76,6 @@ def test_forces_are_minus_the_gradient_of_the_energy(run: Path) -> None:
 def test_an_element_that_was_never_trained_is_refused_by_name(run: Path) -> None:
     atoms = Atoms("OS", [[0, 0, 0], [0, 0, 1.5]], calculator=NNPCalculator(run))
     with pytest.raises(SelfEnergyError, match=r"S in OS(.|\n)*H, C, N, O"):
-        atoms.get_potential_energy()
-
-
-def test_a_periodic_structure_is_refused(run: Path) -> None:
-    atoms = Atoms("O", cell=[5, 5, 5], pbc=True, calculator=NNPCalculator(run))
-    with pytest.raises(InputError, match="cannot compute periodic structures yet"):
         atoms.get_potential_energy()
 
 

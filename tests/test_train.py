@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from molecules import random_structures, springs, without, write_experiment, write_extxyz
 
-from runner.batches import make_batch
+from runner.batches import Batch, make_batch
+from runner.calculator import NNPCalculator
 from runner.config import Config, load_config
+from runner.epochs import Draw
 from runner.errors import ConfigError, DatasetError, RunError, SelfEnergyError
+from runner.loader import Stock
 from runner.predictor import Predictor
 from runner.prepare import find_prepared, prepare
 from runner.terminal import Terminal
@@ -33,6 +38,11 @@ def _run(config_file: Path, *settings: str) -> dict[str, Any]:
 def _rows(result: dict[str, Any]) -> list[dict[str, str]]:
     with (Path(result["run"]) / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _numbers(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of metrics.csv but for the times."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in _rows(result)]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +118,7 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit(
 ) -> None:
     config_file, first = finished
     second = _run(config_file)
-    metrics = [(Path(r["run"]) / "metrics.csv").read_text() for r in (first, second)]
+    metrics = [_numbers(result) for result in (first, second)]
     assert metrics[0] == metrics[1]
     weights = [
         torch.load(Path(r["run"]) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -116,7 +126,7 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit(
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     other = _run(config_file, "train.seed=1")
-    assert (Path(other["run"]) / "metrics.csv").read_text() != metrics[0]
+    assert _numbers(other) != metrics[0]
 
 
 def test_the_manifest_and_the_resolved_config(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -259,13 +269,74 @@ def test_validation_losses_of_a_scheduled_weight_can_be_compared(tmp_path: Path)
             assert float(row[f"{split}/loss/total_loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_periodic_structures_are_prepared_but_not_trained_on_yet(tmp_path: Path) -> None:
+def test_every_epoch_says_how_long_it_waited_for_data(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file, result = finished
+    for row in _rows(result)[:3]:
+        assert 0 < float(row["time/data"]) < float(row["time/compute"]) < 100
+    log = (Path(result["run"]) / "log.txt").read_text()
+    assert log.count("% waiting for data") == 3
+    assert "data in memory, " in log
+    assert "advice" not in log
+    make = Stock.make
+
+    def slow(self: Stock, draw: Draw) -> Batch:
+        time.sleep(0.05)
+        return make(self, draw)
+
+    monkeypatch.setattr(Stock, "make", slow)
+    log = (Path(_run(config_file, "train.epochs=2")["run"]) / "log.txt").read_text()
+    assert log.count("advice: more than 10 % of the time goes into waiting for batches; ") == 1
+    assert "set train.data.workers = 1, or make the batches larger" in log
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.data.residence=stream",),
+        ("train.data.residence=device", "train.data.workers=2"),
+    ],
+)
+def test_where_the_data_is_changes_no_number(
+    finished: tuple[Path, dict[str, Any]], settings: tuple[str, ...]
+) -> None:
+    config_file, result = finished
+    assert _numbers(_run(config_file, *settings)) == _numbers(result)
+
+
+def test_batches_of_so_many_atoms_or_pairs_and_weights_train(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    result = _run(config_file, "train.batch={atoms = 30}", "train.data.weights={by='source'}")
+    assert 3 * 6 <= result["steps"] <= 3 * 9  # 192 atoms an epoch
+    assert "data in memory" in (Path(result["run"]) / "log.txt").read_text()
+    result = _run(config_file, "train.batch={pairs = 90}", "train.data.train_size=20")
+    assert 3 * 2 <= result["steps"] <= 3 * 5
+    with pytest.raises(DatasetError, match=r"a structure of the train split has 5 atoms, more"):
+        _run(config_file, "train.batch={atoms = 4}")
+
+
+def test_periodic_structures_train(tmp_path: Path) -> None:
     config_file = write_experiment(tmp_path)
     data = tmp_path / "data.extxyz"
-    box = 'Lattice="20 0 0 0 20 0 0 0 20" pbc="T T T"'
+    box = 'Lattice="3.5 0 0 0.7 3.5 0 0 0 6" pbc="T T F"'
     data.write_text(data.read_text().replace('pbc="F F F"', box))
-    with pytest.raises(DatasetError, match=r"training on them is not supported yet(.|\n)*allowed"):
-        _run(config_file)
+    first = _run(config_file)
+    assert first["test"]["forces_mae"] > 0
+    assert _numbers(_run(config_file, "train.data.residence=device")) == _numbers(first)
+    calculator = NNPCalculator(first["run"])
+    atoms = Atoms("OCH", [[0, 0, 1.2], [0, 0, 0], [0.95, 0, -0.5]], pbc=(True, True, False))
+    atoms.set_cell([[3.5, 0, 0], [0.7, 3.5, 0], [0, 0, 6]])
+    energies, forces = [], []
+    for copies in ((1, 1, 1), (2, 1, 1), (1, 3, 1)):
+        repeated = atoms.repeat(copies)
+        repeated.calc = calculator
+        energies.append(repeated.get_potential_energy() / np.prod(copies))
+        forces.append(repeated.get_forces()[:3])
+    assert energies == pytest.approx([energies[0]] * 3, abs=1e-4)
+    assert forces[1] == pytest.approx(forces[0], abs=1e-4)
+    isolated = Atoms(atoms.symbols, atoms.positions, calculator=calculator)
+    assert abs(isolated.get_potential_energy() - energies[0]) > 1e-3  # the images count
 
 
 def test_the_potential_predicts_energies_at_the_first_level_of_theory(tmp_path: Path) -> None:

@@ -15,9 +15,12 @@ from runner.batches import Batch
 def pair_vectors(
     batch: Batch,
 ) -> tuple[Float[Tensor, " n_pairs"], Float[Tensor, "n_pairs 3"]]:
-    """Distances r_ij in Å, and unit vectors from centre i to neighbour j."""
+    """Distances r_ij in Å, and unit vectors from centre i to neighbour j, or to its image."""
     i, j = batch.pairs
     separation = batch.positions.index_select(0, j) - batch.positions.index_select(0, i)
+    if batch.shifts is not None and batch.cell is not None:
+        cell = batch.cell.index_select(0, batch.structure.index_select(0, i))
+        separation = separation + (batch.shifts.to(cell.dtype).unsqueeze(1) @ cell).squeeze(1)
     distance = torch.linalg.vector_norm(separation, dim=-1)
     return distance, separation / distance.unsqueeze(-1)
 
