@@ -105,10 +105,10 @@ class Block:
         index: the number of each structure in its split.
         first_atom: row pointer of the atoms' arrays.
         first_pair: row pointer of the pairs' arrays.
-        atoms: arrays with a row an atom, among them how many `neighbors` it has.
+        atoms: arrays with a row an atom.
         structures: arrays with a row a structure.
-        pairs: arrays with a row a pair: the `neighbor`, numbered within its structure, and the
-            `shift` to its image.
+        pairs: arrays with a row a pair: `center` and `neighbor`, numbered within their structure,
+            and the `shift` to the neighbour's image.
         labelled: of each label that some structure lacks, which structures have it whole.
     """
 
@@ -141,13 +141,14 @@ class Block:
         lists = find_neighbors(structures.atoms["positions"], first_atom, cutoff, cell, pbc)
         first_pair = np.concatenate([[0], np.cumsum(lists.counts, dtype=np.int64)])[first_atom]
         smallest = np.uint8 if np.diff(first_atom).max(initial=0) <= 256 else np.int32
-        pairs: dict[str, np.ndarray] = {"neighbor": lists.neighbors.astype(smallest)}
+        within = np.arange(structures.n_atoms) - np.repeat(first_atom[:-1], np.diff(first_atom))
+        pairs: dict[str, np.ndarray] = {
+            "center": np.repeat(within.astype(smallest), lists.counts),
+            "neighbor": lists.neighbors.astype(smallest),
+        }
         if lists.shifts is not None:
             pairs["shift"] = lists.shifts
-        atoms = {
-            "atomic_numbers": structures.atoms["atomic_numbers"],
-            "neighbors": lists.counts,
-        }
+        atoms = {"atomic_numbers": structures.atoms["atomic_numbers"]}
         by_structure: dict[str, np.ndarray] = {}
         labelled = {}
         for name in (POSITIONS.name, CELL.name, *LABELS):
@@ -227,8 +228,9 @@ class Block:
         sizes, n_pairs = np.diff(self.first_atom), np.diff(self.first_pair)
         structure = np.repeat(np.arange(len(self)), sizes)
         ij = np.empty((2, int(self.first_pair[-1])), np.int64)
-        ij[0] = np.repeat(np.arange(len(structure)), self.atoms["neighbors"])
-        np.add(self.pairs["neighbor"], np.repeat(self.first_atom[:-1], n_pairs), out=ij[1])
+        first = np.repeat(self.first_atom[:-1], n_pairs)
+        np.add(self.pairs["center"], first, out=ij[0])
+        np.add(self.pairs["neighbor"], first, out=ij[1])
         found = self.atoms | self.structures | self.pairs
         if rotations is not None:
             matrices = rotation_matrices(rotations)

@@ -99,14 +99,14 @@ def run(
 @app.command(short_help="Print the JSON schema of the config.")
 def schema(
     reference: Annotated[
-        bool, typer.Option("--reference", help="Print the reference of [prepare], in Markdown.")
+        bool, typer.Option("--reference", help="Print all keys in Markdown.")
     ] = False,
 ) -> None:
     """Print the JSON schema of an experiment file, for editors."""
     from runner.config import json_schema
-    from runner.reference import prepare_reference
+    from runner.reference import reference as keys
 
-    print(prepare_reference() if reference else json.dumps(json_schema(), indent=2))
+    print(keys() if reference else json.dumps(json_schema(), indent=2))
 
 
 @app.callback(invoke_without_command=True)

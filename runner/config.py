@@ -718,8 +718,11 @@ class TrainerConfig(Section):
     accelerator: str = "auto"
     """`"auto"`: a CUDA GPU if there is one, else the CPU."""
     devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = "auto"
+    """One, for now."""
     num_nodes: Count = 1
+    """Machines; one, for now."""
     strategy: str = "auto"
+    """How Lightning runs it."""
     gradient_clip_val: NonNegative = 10.0
     """Largest norm of the gradient; a longer one is scaled down to it. 0: no limit."""
     deterministic: bool = True
@@ -744,6 +747,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     early_stopping: EarlyStoppingConfig | None = None
+    """All epochs are trained, unless given."""
     trainer: TrainerConfig = TrainerConfig()
 
     @property

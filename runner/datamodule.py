@@ -26,6 +26,7 @@ from runner.loader import (
     Source,
     Split,
     choose_residence,
+    free_memory,
 )
 from runner.store import PreparedDataset
 
@@ -139,6 +140,15 @@ class PreparedDataModule(lightning.LightningDataModule):
         needed = sum(split.bytes_needed() for split in self._splits.values())
         asked = self.data.residence
         chosen = choose_residence(needed, self._device()) if asked == "auto" else asked
+        free = free_memory(chosen, self._device())
+        if needed > free:
+            raise DatasetError(
+                f"the data needs {needed / 1e9:.3g} GB with its neighbour lists, and "
+                f"{free / 1e9:.3g} GB are free",
+                where=f'train.data.residence = "{chosen}"',
+                remedy='set it to "auto" or "stream", or lower train.potential.cutoff or '
+                "train.data.train_size",
+            )
         size = f"{needed / 1e9:.2g} GB" if needed > 5e6 else f"{needed / 1e6:.2g} MB"
         self._say(
             {

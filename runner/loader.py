@@ -294,8 +294,7 @@ class OnDevice:
         found = {name: array[chosen] for name, array in self._tables["structures"].items()}
         found |= {name: array[atoms] for name, array in self._tables["atoms"].items()}
         found |= {name: array[pairs] for name, array in self._tables["pairs"].items()}
-        i = torch.repeat_interleave(found["neighbors"], output_size=int(n_pairs.sum()))
-        j = found["neighbor"] + (torch.cumsum(n_atoms, 0) - n_atoms)[pair_structure]
+        first = (torch.cumsum(n_atoms, 0) - n_atoms)[pair_structure]
         if draw.rotations is not None:
             matrices = self._move(rotation_matrices(draw.rotations))
             for name in (name for name in found if turns(name)):
@@ -309,7 +308,7 @@ class OnDevice:
             structure=structure,
             n_atoms=n_atoms,
             index=chosen,
-            pairs=torch.stack([i, j]),
+            pairs=torch.stack([found["center"] + first, found["neighbor"] + first]),
             labels={name: found[name] for name in LABELS if name in found},
             labelled={name: self._move(mask) for name, mask in masks.items() if not mask.all()},
             cell=found.get("cell"),
@@ -507,10 +506,15 @@ def available_memory() -> int:
     return max(free, 0)
 
 
+def free_memory(residence: Residence, device: torch.device) -> float:
+    """Bytes that there are for the data; a stream takes hardly any."""
+    if residence == "device" and device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return np.inf if residence == "stream" else float(available_memory())
+
+
 def choose_residence(needed: int, device: torch.device) -> Residence:
     """Where data of this size is best: on a GPU if it fits there, else in memory, else on disk."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if needed < SHARE_OF_MEMORY * free:
-            return "device"
+    if device.type == "cuda" and needed < SHARE_OF_MEMORY * free_memory("device", device):
+        return "device"
     return "memory" if needed < SHARE_OF_MEMORY * available_memory() else "stream"

@@ -63,7 +63,7 @@ def prepare(
         What `runner prepare --json` prints.
     """
     started = time.perf_counter()
-    files = sources.locate(config.prepare.source)
+    files = sources.locate(config.prepare.source, data_dir)
     request = Request(config.prepare, files, data_dir)
     reused = request.path.exists()
     if not reused:
@@ -120,7 +120,7 @@ def find_prepared(config: Config, data_dir: Path, command: str) -> PreparedDatas
     Raises:
         DatasetError: it is not there yet; names the command that makes it.
     """
-    request = Request(config.prepare, sources.locate(config.prepare.source), data_dir)
+    request = Request(config.prepare, sources.locate(config.prepare.source, data_dir), data_dir)
     if not request.path.exists():
         raise DatasetError(
             "the dataset of this experiment is not prepared yet",

@@ -9,15 +9,26 @@ from typing import Any
 from pydantic import BaseModel
 
 from runner.config import (
+    AtomLossConfig,
+    BatchConfig,
+    DataConfig,
+    EarlyStoppingConfig,
+    EnergyLossConfig,
     FilterConfig,
     LabelConfig,
+    OptimizerConfig,
+    PaiNNConfig,
     PositionsConfig,
     PrepareConfig,
     QuadrupoleConfig,
+    ScheduleConfig,
     SelfEnergiesConfig,
     SourceConfig,
     SplitConfig,
     StressConfig,
+    TrainConfig,
+    TrainerConfig,
+    WeightsConfig,
 )
 from runner.fields import LABELS, POSITIONS
 
@@ -31,6 +42,17 @@ TABLES: dict[str, type[BaseModel]] = {
     "[prepare.self_energies]": SelfEnergiesConfig,
     "[prepare.split]": SplitConfig,
     "[prepare.filter]": FilterConfig,
+    "[train]": TrainConfig,
+    "[train.batch]": BatchConfig,
+    "[train.data]": DataConfig,
+    "`weights` of `[train.data]`": WeightsConfig,
+    "`[train.potential]` with the name `painn`": PaiNNConfig,
+    "[train.loss.energy]": EnergyLossConfig,
+    "`[train.loss.forces]` and those of other labels": AtomLossConfig,
+    "[train.optimizer]": OptimizerConfig,
+    "[train.schedule]": ScheduleConfig,
+    "[train.early_stopping]": EarlyStoppingConfig,
+    "[train.trainer]": TrainerConfig,
 }
 """Headings of the reference and the class that each tells of."""
 
@@ -42,8 +64,8 @@ SIMPLE = {
 }
 
 
-def prepare_reference() -> str:
-    """All keys of `[prepare]` in Markdown: what may be written, what is meant without, what for."""
+def reference() -> str:
+    """All keys of the config in Markdown: what may be written, what is meant without, what for."""
     lines: list[str] = []
     for heading, section in TABLES.items():
         lines += [

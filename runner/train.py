@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from runner import plots
 from runner.config import Config, DataConfig, TrainConfig
 from runner.datamodule import PreparedDataModule
-from runner.errors import ConfigError, DatasetError
+from runner.errors import ConfigError, DatasetError, RunError
 from runner.experiment import RunDirectory
 from runner.fields import LABELS, Field
 from runner.metrics import labelled_components
@@ -225,6 +225,23 @@ def _fit(trainer: lightning.Trainer, module: Training, data: PreparedDataModule)
             trainer.fit(module, datamodule=data)
     except SystemExit:  # how Lightning ends after Ctrl-C
         raise KeyboardInterrupt from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        size = module.config.batch
+        raise RunError(
+            f"out of memory in epoch {trainer.current_epoch}: {str(error).splitlines()[0]}",
+            where=f"train.batch.{size.unit} = {size.limit}",
+            remedy="lower it, or train.potential.features or cutoff; a budget in atoms or pairs "
+            'keeps large structures from meeting; train.data.residence = "stream" keeps the data '
+            "on disk",
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the GPU or of the machine; for the latter torch has no class."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_shortest_config_prepares_and_trains(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    shortest, batches = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    text = shortest + batches
     config_file = tmp_path / "experiments" / "short" / "config.toml"
     config_file.parent.mkdir(parents=True)
     config_file.write_text(text)

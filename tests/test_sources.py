@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import lzma
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -637,3 +638,35 @@ def test_mutations_give_an_error_or_the_right_numbers(tmp_path: Path, seeds: ran
         assert np.allclose(found.structures["energy"], energies, rtol=1e-12, equal_nan=True), seed
     assert refused > len(seeds) / 4
     assert read > len(seeds) / 20
+
+
+def test_hashes_of_large_files_are_remembered_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "REMEMBERED_FROM", 1)
+    monkeypatch.setattr(sources, "SETTLED", -1)
+    read: list[str] = []
+    digest = hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        read.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    path = tmp_path / "a.xyz"
+    path.write_text("one")
+    config = [SourceConfig.model_validate({"path": str(path)})]
+    first, again = (sources.locate(config, tmp_path / "new")[0].sha256 for _ in range(2))
+    assert first == again == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 1
+    path.write_text("two")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert sources.locate(config, tmp_path / "new")[0].sha256 == hashlib.sha256(b"two").hexdigest()
+    (tmp_path / "new" / ".hashes.json").write_text("[nonsense")
+    assert sources.locate(config, tmp_path / "new")[0].sha256 == hashlib.sha256(b"two").hexdigest()
+    monkeypatch.setattr(sources, "SETTLED", 10**18)  # it was written just now
+    path.write_text("six")
+    for _ in range(2):
+        found = sources.locate(config, tmp_path / "new")[0].sha256
+    assert found == hashlib.sha256(b"six").hexdigest()
+    assert len(read) == 5

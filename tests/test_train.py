@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ase import Atoms
 from molecules import random_structures, springs, without, write_experiment, write_extxyz
 
+from runner import loader
 from runner.batches import Batch, make_batch
 from runner.calculator import NNPCalculator
 from runner.config import Config, load_config
@@ -362,3 +364,73 @@ def test_the_potential_predicts_energies_at_the_first_level_of_theory(tmp_path: 
     assert np.abs(predicted - written.structures["energy"]).max() < 30.0  # 50 eV an atom is high
     with pytest.raises(SelfEnergyError, match="F in"):
         predictor.predict(random_structures([3], elements=(1, 9)))
+
+
+def test_a_dataset_that_is_damaged_under_a_run_ends_it_with_its_checkpoint_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = write_experiment(tmp_path)
+    end = Training.on_train_epoch_end
+
+    def damage(self: Training) -> None:
+        end(self)
+        if self.current_epoch == 1:
+            (chunk,) = tmp_path.glob("prepared/*.zarr/atoms/forces/c/0/0")
+            content = bytearray(chunk.read_bytes())
+            content[len(content) // 3] ^= 1
+            chunk.write_bytes(content)
+
+    monkeypatch.setattr(Training, "on_train_epoch_end", damage)
+    text = r"chunk 0 \(rows from 0\) of the array atoms/forces cannot be read"
+    with pytest.raises(DatasetError, match=text):
+        _run(config_file, "train.data.residence=stream")
+    run = tmp_path / "runs" / "latest"
+    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["epoch"] >= 1
+    assert Predictor.load(run).fit.values
+
+
+def test_a_dataset_that_is_replaced_under_a_run_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = write_experiment(tmp_path)
+
+    def replaced(_: Training) -> None:
+        (path,) = tmp_path.glob("prepared/*.zarr")
+        shutil.copytree(path, tmp_path / "other")
+        shutil.rmtree(path)
+        (tmp_path / "other").rename(path)
+
+    monkeypatch.setattr(Training, "on_train_epoch_start", replaced)
+    with pytest.raises(DatasetError, match="was changed or removed while it was in use"):
+        _run(config_file, "train.data.residence=stream", "train.epochs=1")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Training, "training_step", fails)
+    text = r"out of memory in epoch 0(.|\n)*train.batch.structures = 8(.|\n)*lower it"
+    with pytest.raises(RunError, match=text):
+        _run(write_experiment(tmp_path))
+
+
+def test_data_that_does_not_fit_where_it_is_asked_to_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "available_memory", lambda: 1000)
+    text = r'and 1e-06 GB are free(.|\n)*residence = "memory"(.|\n)*set it to "auto" or "stream"'
+    with pytest.raises(DatasetError, match=text):
+        _run(write_experiment(tmp_path), "train.data.residence=memory")

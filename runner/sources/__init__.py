@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
+import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +22,9 @@ from runner.sources import ase_db, ase_io, deepmd, extxyz, hdf5, npz, prepared
 from runner.sources.labels import factors, to_structures
 from runner.sources.raw import Raw
 from runner.structures import Gathering, Structures
+
+REMEMBERED_FROM = 1 << 26  # bytes; smaller files are hashed in no time
+SETTLED = 2 * 10**9  # ns
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,19 @@ class SourceFile:
         return {**asdict(self), "path": str(self.path), "name": self.path.name}
 
 
-def locate(sources: Sequence[SourceConfig]) -> list[SourceFile]:
+def locate(sources: Sequence[SourceConfig], folder: Path | None = None) -> list[SourceFile]:
     """Find and hash the files of all sources, in the order of the config.
+
+    Args:
+        sources: of the config.
+        folder: where the hashes of large files are remembered, if anywhere.
 
     Raises:
         SourceError: a path that does not exist, a glob that matches nothing, an empty file,
             one that is named twice.
     """
     found: dict[Path, SourceFile] = {}
+    hashes = Hashes(folder)
     for section, config in enumerate(sources):
         for path in _paths(config):
             if path in found:
@@ -90,7 +102,7 @@ def locate(sources: Sequence[SourceConfig]) -> list[SourceFile]:
                     where=str(path),
                     remedy="name it once in prepare.source; a glob may match it too",
                 )
-            found[path] = _hashed(path, section)
+            found[path] = _hashed(path, section, hashes)
     if len(found) > MOST_FILES:
         raise SourceError(
             f"the sources have {len(found)} files",
@@ -98,6 +110,7 @@ def locate(sources: Sequence[SourceConfig]) -> list[SourceFile]:
             allowed=f"up to {MOST_FILES}",
             remedy="put several files into one",
         )
+    hashes.save()
     return list(found.values())
 
 
@@ -179,7 +192,7 @@ def _is_source(path: Path, config: SourceConfig) -> bool:
     return path.is_file() or (path.is_dir() and format_of(str(path), config.format) in in_folders)
 
 
-def _hashed(path: Path, section: int) -> SourceFile:
+def _hashed(path: Path, section: int, hashes: Hashes) -> SourceFile:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -187,14 +200,48 @@ def _hashed(path: Path, section: int) -> SourceFile:
     if size == 0:
         raise SourceError("the file is empty", where=str(path))
     if path.is_file():
-        return SourceFile(path, section, size, _sha256(path))
-    names = "".join(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n" for file in files)
+        return SourceFile(path, section, size, hashes.of(path))
+    names = "".join(f"{file.relative_to(path).as_posix()} {hashes.of(file)}\n" for file in files)
     return SourceFile(path, section, size, hashlib.sha256(names.encode()).hexdigest())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Hashes:
+    """SHA-256 of files; those of large ones are remembered as long as the file is not touched."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Remember in a folder, or not at all."""
+        self._file = None if folder is None else folder / ".hashes.json"
+        self._known: dict[str, list[int | str]] = {}
+        self._new = False
+        if self._file is not None:
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads(self._file.read_text(encoding="utf-8"))
+                self._known = known if isinstance(known, dict) else {}
+
+    def of(self, path: Path) -> str:
+        """The hash of a file, hexadecimal."""
+        status = path.stat()
+        state: list[int | str] = [status.st_size, status.st_mtime_ns, status.st_ino]
+        entry = self._known.get(str(path), [])
+        if isinstance(entry, list) and entry[:-1] == state:
+            return str(entry[-1])
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        settled = time.time_ns() - status.st_mtime_ns > SETTLED  # else it may change once more
+        if status.st_size >= REMEMBERED_FROM and settled:
+            self._known[str(path)] = [*state, digest]
+            self._new = True
+        return digest
+
+    def save(self) -> None:
+        """Write down what is new, if that is possible."""
+        if self._file is None or not self._new:
+            return
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            aside = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            aside.write_text(json.dumps(self._known), encoding="utf-8")
+            aside.replace(self._file)
 
 
 def _reader(path: Path, config: SourceConfig) -> Reader:

@@ -1,0 +1,394 @@
+"""How fast batches are, beside peers and the naïve way.
+
+    python tests/benchmarks/bench_loader.py rates         # QM9-like molecules, from memory and disk
+    python tests/benchmarks/bench_loader.py peers         # small molecules and cells, beside peers
+    python tests/benchmarks/bench_loader.py large 20      # a dataset of 20 GB: memory, first step
+
+Peers are installed from PyPI into environments of their own, under the folder that
+RUNNER_BENCH_DIR names (or a temporary one, made anew each time). Ours and theirs are measured in
+turns, in one run; the median counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import psutil
+import torch
+from ase import Atoms
+from ase.collections import g2
+from ase.neighborlist import neighbor_list
+
+from runner.epochs import Budget, EpochOrder
+from runner.fields import LABELS
+from runner.loader import BatchLoader, InMemory, Split
+from runner.store import SCHEMA_VERSION, PreparedDataset, write_dataset
+from runner.structures import Structures
+
+CUTOFF = 5.0
+REPEATS = 5
+TORCH = "torch>=2.11,<2.14"
+
+GRAPH_PES = """
+import sys, time, json, ase.io, torch, warnings
+warnings.filterwarnings("ignore")
+from graph_pes.data.datasets import ASEToGraphsConverter
+from graph_pes.data.loader import GraphDataLoader
+path, cutoff, batch, seconds = sys.argv[1], *map(float, sys.argv[2:])
+atoms = ase.io.read(path, ":")
+convert = ASEToGraphsConverter(atoms, cutoff)
+graphs = [convert[i] for i in range(len(convert))]   # every list cached
+loader = GraphDataLoader(graphs, int(batch), shuffle=True)
+print("ready", flush=True)
+for _ in sys.stdin:
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for b in loader:
+            n += len(b.ptr) - 1
+            pairs = b.neighbour_list.shape[1]
+    print(json.dumps(n / (time.perf_counter() - start)), flush=True)
+"""
+
+NEQUIP = """
+import sys, time, json, ase.io, torch, warnings
+warnings.filterwarnings("ignore")
+from nequip.data.dataset import ASEDataset
+from nequip.data.transforms import NeighborListTransform, ChemicalSpeciesToAtomTypeMapper
+from nequip.data import AtomicDataDict
+from torch.utils.data import DataLoader
+path, cutoff, batch, seconds = sys.argv[1], *map(float, sys.argv[2:])
+symbols = sorted({s for a in ase.io.read(path, ":") for s in a.symbols})
+data = ASEDataset(path, [ChemicalSpeciesToAtomTypeMapper(symbols), NeighborListTransform(cutoff)])
+frames = [data[i] for i in range(len(data))]   # every list cached
+loader = DataLoader(frames, int(batch), shuffle=True, collate_fn=AtomicDataDict.batched_from_list)
+print("ready", flush=True)
+for _ in sys.stdin:
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for b in loader:
+            n += len(b["num_atoms"])
+    print(json.dumps(n / (time.perf_counter() - start)), flush=True)
+"""
+
+PEERS = {
+    "graph-pes 1.0.2, lists cached in memory": ("graph-pes==1.0.2", GRAPH_PES),
+    "nequip 0.19.1, lists cached in memory": ("nequip==0.19.1", NEQUIP),
+}
+
+
+def main() -> None:
+    """Run what is asked for."""
+    what = sys.argv[1] if len(sys.argv) > 1 else "rates"
+    folder = os.environ.get("RUNNER_BENCH_DIR")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(folder or temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        if what == "rates":
+            rates(work)
+        elif what == "peers":
+            peers(work)
+        elif what == "large":
+            large(work, float(sys.argv[2]) if len(sys.argv) > 2 else 20.0)
+        else:
+            sys.exit(__doc__)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def molecules_like_qm9(n: int, seed: int = 0) -> Structures:
+    """Molecules of 18 atoms, grown at random with the bond lengths of organic ones."""
+    rng = np.random.default_rng(seed)
+    grown = []
+    for _ in range(300):
+        atoms = [np.zeros(3)]
+        while len(atoms) < 18:
+            candidate = atoms[rng.integers(len(atoms))] + rng.normal(size=3) * 0.9
+            if min(np.linalg.norm(candidate - other) for other in atoms) > 0.95:
+                atoms.append(candidate)
+        grown.append(atoms)
+    positions = np.array(grown)[rng.integers(0, 300, n)].reshape(-1, 3)
+    positions += rng.normal(size=positions.shape) * 0.05
+    return Structures(
+        np.arange(n + 1) * 18,
+        {
+            "atomic_numbers": rng.choice([1, 6, 7, 8], 18 * n).astype(np.uint8),
+            "positions": positions,
+            "forces": rng.normal(size=positions.shape),
+        },
+        {
+            "energy": rng.normal(size=n),
+            "source": np.zeros(n, np.int16),
+            "source_index": np.arange(n),
+        },
+    )
+
+
+def stored(path: Path, structures: Structures) -> PreparedDataset:
+    """A dataset of one split, as `runner prepare` would write it."""
+    if not path.exists():
+        n = len(structures)
+        coverage = {name: n for name in LABELS if name in {"energy", "forces"}}
+        attributes = {
+            "schema_version": SCHEMA_VERSION,
+            "splits": {"train": [0, n], "val": [n, n], "test": [n, n]},
+            "statistics": {"coverage": coverage},
+        }
+        write_dataset(path, structures, attributes, lambda picture: picture.write_bytes(b""))
+    return PreparedDataset(path)
+
+
+def of_ase(frames: list[Atoms]) -> Structures:
+    """Frames with forces and energies as flat arrays."""
+    n = len(frames)
+    periodic = any(atoms.pbc.any() for atoms in frames)
+    cells = {
+        "cell": np.array([atoms.cell.array for atoms in frames]),
+        "pbc": np.array([atoms.pbc for atoms in frames]),
+    }
+    return Structures(
+        np.concatenate([[0], np.cumsum([len(atoms) for atoms in frames])]),
+        {
+            "atomic_numbers": np.concatenate([atoms.numbers for atoms in frames]).astype(np.uint8),
+            "positions": np.concatenate([atoms.positions for atoms in frames]),
+            "forces": np.concatenate([atoms.arrays["forces"] for atoms in frames]),
+        },
+        {
+            "energy": np.array([atoms.info["energy"] for atoms in frames]),
+            "source": np.zeros(n, np.int16),
+            "source_index": np.arange(n),
+        }
+        | (cells if periodic else {}),
+    )
+
+
+def small_molecules(n: int = 2100) -> list[Atoms]:
+    """Displaced molecules of the G2 collection, 7 atoms on average, as in the peers' table."""
+    rng = np.random.default_rng(0)
+    known = {"H", "C", "N", "O", "F", "S", "Cl"}
+    usable = [g2[name] for name in g2.names]
+    usable = [atoms for atoms in usable if len(atoms) > 2 and set(atoms.symbols) <= known]
+    return [_labelled(usable[i % len(usable)].copy(), rng) for i in range(n)]
+
+
+def cells(n: int = 1000) -> list[Atoms]:
+    """Distorted triclinic silicon-like cells of 64 to 200 atoms, 20 Å³ an atom."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for _ in range(n):
+        size = int(rng.integers(64, 201))
+        edge = (20.0 * size) ** (1 / 3)
+        cell = edge * (np.eye(3) + rng.uniform(-0.15, 0.15, (3, 3)))
+        side = int(np.ceil(size ** (1 / 3)))
+        grid = np.array(list(np.ndindex(side, side, side)))[rng.permutation(side**3)[:size]] / side
+        frames.append(_labelled(Atoms("Si" * size, grid @ cell, cell=cell, pbc=True), rng))
+    return frames
+
+
+def _labelled(atoms: Atoms, rng: np.random.Generator) -> Atoms:
+    atoms.positions += rng.normal(size=atoms.positions.shape) * 0.06
+    atoms.arrays["forces"] = rng.normal(size=atoms.positions.shape)
+    atoms.info["energy"] = float(rng.normal())
+    return atoms
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def our_loader(dataset: PreparedDataset, batch: int, *, keep: bool, ahead: int = 0) -> BatchLoader:
+    split = Split(dataset, "train", CUTOFF)
+    order = EpochOrder(split.n_structures, Budget("structures", batch), seed=0, block=split.block)
+    return BatchLoader(InMemory(split, keep=keep), order, ahead=ahead)
+
+
+def rate(batches: Callable[[], Iterator[Any]], seconds: float = 0.0) -> float:
+    """Structures a second, over whole epochs that take so long at least."""
+    start, n = time.perf_counter(), 0
+    while True:
+        for batch in batches():
+            n += batch.n_structures
+        took = time.perf_counter() - start
+        if took > seconds:
+            return n / took
+
+
+def drop_page_cache(path: Path) -> None:
+    """Make the system forget what it has read of some files, so that they come from the disk."""
+    os.sync()
+    for file in path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rates(work: Path, n: int = 300_000) -> None:
+    """From memory, from disk, and one structure after the other."""
+    dataset = stored(work / "molecules.zarr", molecules_like_qm9(n))
+    print(f"{n} molecules of 18 atoms, 5 Å, pairs included, one process, structures/s")
+    frames = [
+        Atoms("H" * 18, positions)
+        for positions in dataset.read_rows(0, 2000).atoms["positions"].reshape(-1, 18, 3)
+    ]
+    start = time.perf_counter()
+    for atoms in frames:
+        i, j = neighbor_list("ij", atoms, CUTOFF)
+        torch.from_numpy(np.stack([i, j])), torch.from_numpy(atoms.positions).float()
+    naive = len(frames) / (time.perf_counter() - start)
+    print(f"  naïve: ASE's list of one structure after the other    {naive:10,.0f}")
+    for batch in (64, 256):
+        memory = our_loader(dataset, batch, keep=True)
+        first = rate(lambda: iter(memory))  # noqa: B023
+        later = [rate(lambda: iter(memory)) for _ in range(REPEATS)]  # noqa: B023
+        stream = our_loader(dataset, batch, keep=False)
+        streamed = []
+        for _ in range(REPEATS):
+            drop_page_cache(dataset.path)
+            streamed.append(rate(lambda: iter(stream)))  # noqa: B023
+        for name, value in (
+            ("memory, first epoch (reads, finds the pairs)", first),
+            ("memory, later epochs (lists kept)", statistics.median(later)),
+            ("stream, page cache dropped", statistics.median(streamed)),
+        ):
+            print(f"  batch {batch:3}: {name:46} {value:10,.0f}  {value / naive:6.1f}× naïve")
+
+
+class Peer:
+    """A peer's loader in an environment of its own, that measures itself when asked to."""
+
+    def __init__(self, name: str, work: Path, data: Path, batch: int, seconds: float) -> None:
+        requirement, script = PEERS[name]
+        environment = work / requirement.replace("==", "-")
+        python = environment / "bin" / "python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+            install = [str(python), "-m", "pip", "install", "-q", requirement, TORCH]
+            subprocess.run(install, check=True)
+        arguments = [str(data), str(CUTOFF), str(batch), str(seconds)]
+        self.name = name
+        self.process = subprocess.Popen(
+            [str(python), "-c", script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        while self.process.stdout.readline().strip() != "ready":
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{name} does not start")
+
+    def rate(self) -> float:
+        """Structures a second."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return float(json.loads(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def peers(work: Path, seconds: float = 3.0) -> None:
+    """Batches of the same files by us and by others, in turns."""
+    for title, frames, batch in (
+        ("small molecules (G2, 7 atoms on average), batches of 64", small_molecules(), 64),
+        ("cells of 64 to 200 atoms, batches of 16", cells(), 16),
+        ("cells of 64 to 200 atoms, batches of 64", cells(), 64),
+    ):
+        path = work / f"{title.split()[0]}.extxyz"
+        ase.io.write(path, frames)
+        dataset = stored(work / f"{title.split()[0]}.zarr", of_ase(frames))
+        ours = our_loader(dataset, batch, keep=True)
+        rate(lambda: iter(ours))  # noqa: B023
+        others = [Peer(name, work, path, batch, seconds) for name in PEERS]
+        found: dict[str, list[float]] = {}
+        for _ in range(REPEATS):
+            found.setdefault("ours", []).append(rate(lambda: iter(ours), seconds))  # noqa: B023
+            for other in others:
+                found.setdefault(other.name, []).append(other.rate())
+        for other in others:
+            other.close()
+        print(f"{title}, shuffled, 5 Å, structures/s")
+        middle = {name: statistics.median(values) for name, values in found.items()}
+        for name, value in middle.items():
+            print(f"  {name:42} {value:10,.0f}   ours / this: {middle['ours'] / value:5.1f}")
+
+
+# --- large --------------------------------------------------------------------------------------
+
+
+def large(work: Path, gigabytes: float) -> None:
+    """Memory of a stream, of four processes, and the time to the first batch."""
+    n = int(gigabytes * 1e9 / (18 * 49))
+    path = work / f"large-{gigabytes:g}.zarr"
+    if not path.exists():
+        _write_large(path, n)
+    dataset = PreparedDataset(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    print(f"{n:,} molecules of 18 atoms, {size / 1e9:.1f} GB on disk, 5 Å, batches of 64")
+    del dataset
+    for what in ("first", "stream"):
+        drop_page_cache(path)
+        found = subprocess.run(
+            [sys.executable, __file__, "--child", what, str(path)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        print("  " + found.stdout.strip())
+
+
+def _write_large(path: Path, n: int) -> None:
+    """The same million molecules again and again, in another order."""
+    base = molecules_like_qm9(min(n, 1_000_000))
+
+    rows = np.random.default_rng(1).integers(0, len(base), n)
+    attributes = {
+        "schema_version": SCHEMA_VERSION,
+        "splits": {"train": [0, n], "val": [n, n], "test": [n, n]},
+        "statistics": {"coverage": {"energy": n, "forces": n}},
+    }
+    write_dataset(path, base, attributes, lambda picture: picture.write_bytes(b""), order=rows)
+
+
+def _child(what: str, path: Path) -> None:
+    start = time.perf_counter()
+    loader = our_loader(PreparedDataset(path), 64, keep=what == "first")
+    if what == "first":
+        next(iter(loader))
+        took = time.perf_counter() - start
+        print(f"to the first batch, kept in memory: {took:.2f} s")
+        os._exit(0)
+    n, most = 0, 0
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for number, batch in enumerate(loader):
+        n += batch.n_structures
+        if number % 200 == 0:
+            most = max(most, process.memory_info().rss)
+    took = time.perf_counter() - start
+    print(
+        f"streamed once: {n / took:,.0f} structures/s, at most {most / 1e6:.0f} MB resident "
+        f"({before / 1e6:.0f} MB of them before the first batch)"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        _child(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()
