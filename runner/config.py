@@ -24,6 +24,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -567,18 +568,33 @@ class DataConfig(Section):
     or a tensor; for potentials that are not equivariant by construction."""
 
 
-class PaiNNConfig(Section):
+class ArchitectureConfig(Section):
+    """What every architecture has."""
+
+    name: str
+    cutoff: Annotated[_quantity("angstrom"), Field(gt=0)] = 5.0  # type: ignore[valid-type]
+    """Distance up to which atoms see each other."""
+
+
+class PaiNNConfig(ArchitectureConfig):
     """Hyperparameters of PaiNN, see `runner.potentials.painn`."""
 
     name: Literal["painn"]
-    cutoff: Annotated[_quantity("angstrom"), Field(gt=0)] = 5.0  # type: ignore[valid-type]
-    """Distance up to which atoms see each other."""
     features: Count = 128
     """Scalar features, and vector features, of an atom."""
     interactions: Count = 3
     """Rounds of message passing."""
     radial_basis: Count = 20
     """Radial basis functions."""
+
+
+ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig,)
+PotentialConfig = PaiNNConfig
+
+
+def potential_config(table: Mapping[str, Any]) -> ArchitectureConfig:
+    """The `[train.potential]` table of a checkpoint, as its class."""
+    return TypeAdapter(PotentialConfig).validate_python(dict(table))
 
 
 class WeightSchedule(Section):
@@ -740,7 +756,7 @@ class TrainConfig(Section):
     """Floating-point numbers of the training."""
     batch: BatchConfig = BatchConfig()
     data: DataConfig = DataConfig()
-    potential: PaiNNConfig
+    potential: PotentialConfig
     loss: LossConfig
     metrics: MetricsConfig | None = None
     """Those of the loss's quantities, mae and rmse, unless given."""

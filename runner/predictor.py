@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from runner.batches import make_batch
-from runner.config import PaiNNConfig, TrainConfig
+from runner.config import TrainConfig, potential_config
 from runner.errors import RunError
 from runner.fields import LABELS
 from runner.potentials import Potential, build_potential
@@ -58,7 +58,7 @@ class Predictor:
             passport: of its checkpoint.
         """
         self.potential = potential.eval()
-        self.cutoff: float = PaiNNConfig.model_validate(passport["potential"]).cutoff
+        self.cutoff: float = potential_config(passport["potential"]).cutoff
         self.quantities: list[str] = list(passport["quantities"])
         self.fit = SelfEnergyFit(values=passport["self_energies"], **passport["fit"])
 
@@ -84,7 +84,7 @@ class Predictor:
                 where=str(file),
                 allowed=f"checkpoint version {CHECKPOINT_VERSION}",
             )
-        config = PaiNNConfig.model_validate(passport["potential"])
+        config = potential_config(passport["potential"])
         potential = build_potential(config, passport["quantities"], passport["statistics"]["train"])
         prefix = "potential."
         potential.load_state_dict(

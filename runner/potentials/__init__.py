@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from runner.batches import Batch
-from runner.config import PaiNNConfig
+from runner.config import ArchitectureConfig
 from runner.potentials.painn import PaiNN
 
-POTENTIALS: dict[str, type[PaiNN]] = {"painn": PaiNN}
+POTENTIALS: dict[str, Callable[[Any, Collection[str]], nn.Module]] = {"painn": PaiNN}
 
 FROM_CHARGES = frozenset({"charges", "total_charge", "dipole"})
 
@@ -71,7 +71,7 @@ def charge_moments(
 
 
 def build_potential(
-    config: PaiNNConfig, quantities: Collection[str], statistics: Mapping[str, Any]
+    config: ArchitectureConfig, quantities: Collection[str], statistics: Mapping[str, Any]
 ) -> Potential:
     """A potential with random weights.
 
