@@ -9,21 +9,26 @@ from typing import Any, ClassVar
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from runner.potentials import FROM_CHARGES
 from runner.predictor import Predictor
 from runner.structures import Structures
 
+ALWAYS = ("energy", "free_energy", "forces", "stress")
+
 
 class NNPCalculator(Calculator):  # type: ignore[misc]
-    """Energy (absolute, eV), forces (eV/Å), and, if trained for, dipole (e·Å) and charges (e).
+    """Energy (absolute, eV), forces (eV/Å), of a periodic structure stress (eV/Å³, ASE's sign).
+
+    If trained for, also dipole (e·Å) and charges (e).
 
     Example:
         >>> atoms.calc = NNPCalculator("experiments/quickstart/runs/latest")
         >>> atoms.get_potential_energy()
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "forces", "dipole", "charges"]
+    implemented_properties: ClassVar[list[str]] = [*ALWAYS, "dipole", "charges"]
 
     def __init__(self, run: str | Path, device: str = "cpu", **kwargs: Any) -> None:
         """Load the best checkpoint of a run.
@@ -39,7 +44,7 @@ class NNPCalculator(Calculator):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.predictor = Predictor.load(Path(run), device)
         if not FROM_CHARGES & set(self.predictor.quantities):
-            self.implemented_properties = ["energy", "forces"]  # type: ignore[misc]
+            self.implemented_properties = list(ALWAYS)  # type: ignore[misc]
 
     def calculate(
         self,
@@ -70,7 +75,10 @@ class NNPCalculator(Calculator):  # type: ignore[misc]
         prediction = self.predictor.predict(structures, where=str(self.atoms.symbols))
         self.results = {
             "energy": float(prediction["energy"][0]),
+            "free_energy": float(prediction["energy"][0]),  # the one that the forces belong to
             "forces": prediction["forces"],
         }
+        if "stress" in prediction and np.isfinite(prediction["stress"]).all():
+            self.results["stress"] = full_3x3_to_voigt_6_stress(prediction["stress"][0])
         if "charges" in self.implemented_properties:
             self.results |= {"charges": prediction["charges"], "dipole": prediction["dipole"][0]}

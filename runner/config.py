@@ -655,6 +655,7 @@ class LossConfig(Section):
 
     energy: EnergyLossConfig | None = None
     forces: AtomLossConfig | None = None
+    stress: LossTermConfig | None = None
     total_charge: LossTermConfig | None = None
     dipole: LossTermConfig | None = None
     charges: AtomLossConfig | None = None
@@ -680,6 +681,7 @@ class MetricsConfig(Section):
 
     energy: MetricNames | None = None
     forces: MetricNames | None = None
+    stress: MetricNames | None = None
     total_charge: MetricNames | None = None
     dipole: MetricNames | None = None
     charges: MetricNames | None = None

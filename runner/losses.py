@@ -113,6 +113,7 @@ class DipoleMomentError(PerStructureSquaredError):
 LOSSES: dict[str, type[PerStructureSquaredError | PerAtomToStructureSquaredError]] = {
     "energy": PerStructureSquaredError,
     "forces": PerAtomToStructureSquaredError,
+    "stress": PerStructureSquaredError,
     "total_charge": TotalChargeError,
     "dipole": DipoleMomentError,
     "charges": PerAtomToStructureSquaredError,

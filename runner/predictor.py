@@ -118,7 +118,7 @@ class Predictor:
         batch = make_batch(structures, self.cutoff, self.potential.scale.dtype).to(device)
         prediction = {
             name: value.detach().cpu().double().numpy()
-            for name, value in self.potential(batch).items()
+            for name, value in self.potential(batch, stress=True).items()
             if name in LABELS
         }
         offsets = sum_of_self_energies(self.fit.values, elements, composition)

@@ -391,7 +391,7 @@ def _parity_pairs(
     potential = module.potential.eval()
     quantities = {*module.config.loss.terms, *module.config.measured}
     for batch in data.loader("test"):
-        prediction = potential(batch.to(potential.scale.device))
+        prediction = potential(batch.to(potential.scale.device), **module.derivatives)
         for name in quantities:
             predicted, reference = labelled_components(
                 name, prediction, batch.to(potential.scale.device)

@@ -43,7 +43,8 @@ class Training(lightning.LightningModule):
         measured = config.measured
         self._started = self._validation_started = time.perf_counter()
         self._validating = 0.0
-        self.needs_forces = "forces" in measured or "forces" in config.loss.terms
+        needed = {*measured, *config.loss.terms}
+        self.derivatives = {name: name in needed for name in ("forces", "stress")}
         self.splits = torch.nn.ModuleDict(
             # "train" is an attribute of every module, so the keys carry a suffix
             {f"{s}_split": SplitMetrics(s, self.loss, measured) for s in ("train", "val", "test")}
@@ -62,7 +63,7 @@ class Training(lightning.LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: Batch, split: str) -> Tensor:
-        prediction = self.potential(batch, forces=self.needs_forces)
+        prediction = self.potential(batch, **self.derivatives)
         sums = self.loss.sums(prediction, batch)
         self._metrics(split).update(sums, prediction, batch)
         return self.loss.total({n: s.mean for n, s in sums.items()}, self.current_epoch)

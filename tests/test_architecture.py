@@ -62,7 +62,7 @@ FLOORS: dict[str, int] = {
     "runner.cli": 5,
     "runner.__main__": 5,
 }
-NOT_LEARNT_YET = {"stress", "spin_multiplicity", "quadrupole"}
+NOT_LEARNT_YET = {"spin_multiplicity", "quadrupole"}
 FLOAT32_ALLOWED = {
     "runner.batches": "the one place that casts",
     "runner.prepare": "np.spacing, which tells what float32 would lose",

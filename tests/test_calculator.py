@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.fd import calculate_numerical_stress
 from molecules import SELF_ENERGIES, springs, write_experiment
 
 from runner.batches import make_batch
@@ -79,6 +81,20 @@ def test_an_element_that_was_never_trained_is_refused_by_name(run: Path) -> None
         atoms.get_potential_energy()
 
 
+def test_the_stress_of_a_crystal_is_in_ases_sign_and_order(run: Path) -> None:
+    atoms = Atoms("OCH", [[0.1, 0, 0], [1.2, 0.3, 0.2], [0.2, 1.6, 3.9]], pbc=True)
+    atoms.set_cell([[3.1, 0, 0], [0.6, 3.3, 0], [-0.4, 0.5, 3.6]])
+    atoms.calc = NNPCalculator(run)
+    atoms.calc.predictor.potential.double()
+    expected = calculate_numerical_stress(atoms, eps=1e-5)
+    assert atoms.get_stress() == pytest.approx(expected, abs=1e-6)
+    assert np.abs(expected).max() > 1e-3
+    isolated = _atoms()
+    isolated.calc = atoms.calc
+    with pytest.raises(PropertyNotImplementedError):
+        isolated.get_stress()
+
+
 def test_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no checkpoint at .*best.ckpt(.|\n)*a run directory"):
         NNPCalculator(tmp_path)
@@ -96,4 +112,9 @@ def test_without_charges_the_calculator_offers_none(tmp_path: Path) -> None:
     config = load_config(config_file, ["train.epochs=1"])
     prepare(config, tmp_path / "prepared", Terminal())
     result = train(config, config_file, tmp_path / "prepared", Terminal(), [])
-    assert NNPCalculator(result["run"]).implemented_properties == ["energy", "forces"]
+    assert NNPCalculator(result["run"]).implemented_properties == [
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+    ]

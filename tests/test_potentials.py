@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from molecules import random_structures
 
 from runner.batches import make_batch
-from runner.config import ARCHITECTURES, PaiNNConfig, potential_config
+from runner.config import ARCHITECTURES, LossConfig, PaiNNConfig, potential_config
+from runner.losses import Loss
 from runner.potentials import POTENTIALS, Potential, build_potential, charge_moments
 from runner.potentials.components import BesselBasis, cosine_cutoff
 from runner.structures import Structures, concatenate
@@ -145,6 +147,117 @@ def test_an_atom_without_neighbours_has_an_energy_and_no_force(potential: Potent
     prediction = _predict(potential, _of([7], [[1.0, 2.0, 3.0]]))
     assert np.isfinite(prediction["energy"]).all()
     assert (prediction["forces"] == 0).all()
+
+
+def _crystal(pbc: tuple[bool, bool, bool] = (True, True, True)) -> Structures:
+    """Three atoms in a triclinic cell that is smaller than the cutoff."""
+    atoms = {
+        "atomic_numbers": np.array([6, 1, 8], np.uint8),
+        "positions": np.array([[0.1, 0, 0], [1.2, 0.3, 0.2], [0.2, 1.6, 3.9]]),
+    }
+    cell = np.array([[[3.1, 0, 0], [0.6, 3.3, 0], [-0.4, 0.5, 3.6]]])
+    return Structures(np.array([0, 3]), atoms, {"cell": cell, "pbc": np.array([pbc])})
+
+
+def _deformed(structures: Structures, matrix: np.ndarray) -> Structures:
+    moved = _moved(structures, structures.atoms["positions"] @ matrix)
+    cell = structures.structures["cell"] @ matrix
+    return replace(moved, structures=structures.structures | {"cell": cell})
+
+
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, False, True)])
+def test_stress_is_the_slope_of_the_energy_with_strain(
+    potential: Potential, pbc: tuple[bool, bool, bool]
+) -> None:
+    structures = _crystal(pbc)
+    batch = make_batch(structures, CUTOFF, torch.float64)
+    stress = potential(batch, stress=True)["stress"].detach().numpy()[0]
+    volume = abs(np.linalg.det(structures.structures["cell"][0]))
+    step = 1e-5
+    for a, b in np.ndindex(3, 3):
+        energies = []
+        for sign in (1, -1):
+            strain = np.zeros((3, 3))
+            strain[a, b] += sign * step / 2
+            strain[b, a] += sign * step / 2
+            deformed = _deformed(structures, np.eye(3) + strain)
+            energies.append(_predict(potential, deformed)["energy"][0])
+        slope = (energies[0] - energies[1]) / (2 * step) / volume
+        assert stress[a, b] == pytest.approx(slope, abs=1e-8, rel=1e-5)
+    assert np.abs(stress).max() > 1e-3
+
+
+def test_forces_between_images_by_finite_differences(potential: Potential) -> None:
+    structures = _crystal()
+    forces = _predict(potential, structures)["forces"]
+    step = 1e-5
+    for atom, axis in np.ndindex(3, 3):
+        energies = []
+        for sign in (1, -1):
+            positions = structures.atoms["positions"].copy()
+            positions[atom, axis] += sign * step
+            energies.append(_predict(potential, _moved(structures, positions))["energy"][0])
+        slope = -(energies[0] - energies[1]) / (2 * step)
+        assert forces[atom, axis] == pytest.approx(slope, abs=1e-8, rel=1e-6)
+    assert forces.sum(axis=0) == pytest.approx(np.zeros(3), abs=1e-10)
+
+
+def test_a_supercell_has_the_energy_of_its_cells(potential: Potential) -> None:
+    structures = _crystal()
+    one = Atoms(
+        structures.atoms["atomic_numbers"],
+        structures.atoms["positions"],
+        cell=structures.structures["cell"][0],
+        pbc=True,
+    )
+    before = potential(make_batch(structures, CUTOFF, torch.float64), stress=True)
+    for copies in ((2, 1, 1), (1, 3, 2)):
+        many = one.repeat(copies)
+        many.positions += np.random.default_rng(0).integers(-1, 2, (len(many), 3)) @ many.cell
+        larger = Structures(
+            np.array([0, len(many)]),
+            {"atomic_numbers": many.numbers.astype(np.uint8), "positions": many.positions},
+            {"cell": many.cell.array[None], "pbc": many.pbc[None]},
+        )
+        after = potential(make_batch(larger, CUTOFF, torch.float64), stress=True)
+        energy = after["energy"].item() / np.prod(copies)
+        assert energy == pytest.approx(before["energy"].item(), abs=1e-9)
+        assert torch.allclose(after["stress"], before["stress"], atol=1e-10)
+        assert torch.allclose(after["forces"][:3], before["forces"], atol=1e-9)
+
+
+def test_molecules_and_crystals_in_one_batch(potential: Potential) -> None:
+    none = {"cell": np.zeros((1, 3, 3)), "pbc": np.zeros((1, 3), bool)}
+    molecule = replace(_of([8, 1], [[0, 0, 0], [0.9, 0, 0.2]]), structures=none)
+    crystal = _crystal()
+    batch = make_batch(concatenate([molecule, crystal]), CUTOFF, torch.float64)
+    together = potential(batch, stress=True)
+    alone = potential(make_batch(crystal, CUTOFF, torch.float64), stress=True)
+    free = _predict(potential, _of([8, 1], [[0, 0, 0], [0.9, 0, 0.2]]))
+    assert together["stress"][0].isnan().all()  # a molecule has no volume
+    assert torch.allclose(together["stress"][1], alone["stress"][0])
+    assert together["energy"].tolist() == pytest.approx(
+        [free["energy"][0], alone["energy"].item()], abs=1e-11
+    )
+    assert torch.allclose(together["forces"][2:], alone["forces"])
+
+
+def test_the_stress_can_be_trained_on_beside_molecules(potential: Potential) -> None:
+    none = {"cell": np.zeros((1, 3, 3)), "pbc": np.zeros((1, 3), bool)}
+    molecule = replace(_of([8, 1], [[0, 0, 0], [0.9, 0, 0.2]]), structures=none)
+    labels = {"stress": np.full((1, 3, 3), 0.1)}
+    crystal = replace(_crystal(), structures=_crystal().structures | labels)
+    batch = make_batch(concatenate([molecule, crystal]), CUTOFF, torch.float64)
+    loss = Loss(LossConfig.model_validate({"stress": {}}))
+    try:
+        value = loss(potential.train()(batch, stress=True), batch)["stress"]
+    finally:
+        potential.eval()
+    predicted = potential(batch, stress=True)["stress"][1]
+    assert value.item() == pytest.approx((predicted - 0.1).square().mean().item())
+    gradients = torch.autograd.grad(value, list(potential.parameters()), allow_unused=True)
+    assert all(g is None or g.isfinite().all() for g in gradients)
+    assert any(g is not None and g.abs().max() > 0 for g in gradients)
 
 
 def test_the_graph_of_the_forces_is_kept_only_in_training(potential: Potential) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,29 +35,64 @@ class Potential(nn.Module):
         self.architecture = architecture
         self.register_buffer("scale", torch.tensor(scale))
 
-    def forward(self, batch: Batch, *, forces: bool = True) -> dict[str, Tensor]:
-        """Predict, with names, shapes and units of `runner.fields`.
+    def forward(
+        self, batch: Batch, *, forces: bool = True, stress: bool = False
+    ) -> dict[str, Tensor]:
+        r"""Predict, with names, shapes and units of `runner.fields`.
 
-        `energy` is offset-corrected like a prepared dataset's. The graph of the forces is kept in
-        training mode only, where the loss is differentiated through them.
+        `energy` is offset-corrected like a prepared dataset's. The stress is
+        :math:`(1/V)\,\partial E/\partial\varepsilon` of a symmetric strain ε of positions and cell,
+        NaN for a structure whose cell has no volume. The graphs of both are kept in training mode
+        only, where the loss is differentiated through them.
 
         Args:
             batch: structures, with pairs within the architecture's cutoff.
             forces: whether to differentiate the energy for them.
+            stress: whether to differentiate the energy for it.
+
+        Source:
+            Knuth et al., Comput. Phys. Commun. 190, 33 (2015), doi:10.1016/j.cpc.2015.01.003,
+            eq. 3, for the definition by strain.
         """
-        with torch.set_grad_enabled(forces or torch.is_grad_enabled()):
+        stress = stress and batch.cell is not None
+        with torch.set_grad_enabled(forces or stress or torch.is_grad_enabled()):
             positions = batch.positions.detach().requires_grad_(forces)
-            atomic = self.architecture(batch.at(positions))
+            strain = positions.new_zeros((batch.n_structures, 3, 3), requires_grad=stress)
+            atomic = self.architecture(
+                strained(batch.at(positions), strain) if stress else batch.at(positions)
+            )
             energy = batch.sum_by_structure(atomic["energies"] * self.scale)
             prediction = {"energy": energy}
-            if forces:
-                (gradient,) = torch.autograd.grad(
-                    energy.sum(), positions, create_graph=self.training, materialize_grads=True
+            sought = [t for t, asked in ((positions, forces), (strain, stress)) if asked]
+            if sought:
+                gradients = torch.autograd.grad(
+                    energy.sum(), sought, create_graph=self.training, materialize_grads=True
                 )
-                prediction["forces"] = -gradient
+                if forces:
+                    prediction["forces"] = -gradients[0]
+                if stress:
+                    prediction["stress"] = _per_volume(gradients[-1], batch)
         if "charges" in atomic:
             prediction |= charge_moments(batch, atomic["charges"])
         return prediction
+
+
+def strained(batch: Batch, strain: Float[Tensor, "n_structures 3 3"]) -> Batch:
+    """The batch with positions and cells multiplied by 1 + (ε + εᵀ)/2."""
+    symmetric = 0.5 * (strain + strain.mT)
+    moved = (batch.positions.unsqueeze(1) @ symmetric[batch.structure]).squeeze(1)
+    cell = None if batch.cell is None else batch.cell + batch.cell @ symmetric
+    return replace(batch, positions=batch.positions + moved, cell=cell)
+
+
+def _per_volume(
+    gradient: Float[Tensor, "n_structures 3 3"], batch: Batch
+) -> Float[Tensor, "n_structures 3 3"]:
+    """Divided by the volume of each cell; NaN where there is none."""
+    assert batch.cell is not None
+    volume = torch.linalg.det(batch.cell.double()).abs().to(gradient.dtype)[:, None, None]
+    divided = gradient / torch.where(volume > 0, volume, 1.0)
+    return divided.masked_fill(volume == 0, torch.nan)
 
 
 def charge_moments(
