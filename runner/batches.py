@@ -47,9 +47,9 @@ class Batch:
     shifts: Int8[Tensor, "n_pairs 3"] | None = None
 
     @property
-    def n_structures(self) -> int:
-        """Structures in the batch."""
-        return len(self.n_atoms)
+    def n_structures(self) -> int | torch.SymInt:
+        """Structures in the batch; a symbol where a computation on it is traced."""
+        return self.n_atoms.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""

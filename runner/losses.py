@@ -91,7 +91,7 @@ class PerAtomToStructureSquaredError(nn.Module):
     def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
         """Σ_s ℓ_s over the structures that have the label, and their number."""
         difference = prediction[self.name] - batch.labels[self.name]
-        components = difference.reshape(len(batch.structure), -1)
+        components = difference.reshape(batch.structure.shape[0], -1)
         mask = batch.labelled.get(self.name)
         atom_mask = None if mask is None else mask[batch.structure]
         components = _masked(components, atom_mask)
@@ -159,4 +159,4 @@ def _masked(
 
 
 def _count(mask: Bool[Tensor, " n"] | None, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    return values.new_tensor(len(values)) if mask is None else mask.sum().to(values.dtype)
+    return torch.full_like(values[:1].sum(), values.shape[0]) if mask is None else mask.sum().to(values.dtype)

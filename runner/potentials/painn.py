@@ -51,7 +51,7 @@ class PaiNN(nn.Module):
         envelope = cosine_cutoff(distance, self.config.cutoff).unsqueeze(-1)
         filters = self.filters(self.basis(distance)) * envelope
         scalars = self.embedding(batch.atomic_numbers)
-        vectors = scalars.new_zeros((len(scalars), 3, self.config.features))
+        vectors = scalars.new_zeros((scalars.shape[0], 3, self.config.features))
         per_layer = filters.split(3 * self.config.features, dim=-1)
         for message, update, w in zip(self.messages, self.updates, per_layer, strict=True):
             scalars, vectors = message(scalars, vectors, w, direction, batch.pairs)

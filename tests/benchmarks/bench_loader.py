@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_loader.py rates         # QM9-like molecules, from memory and disk
     python tests/benchmarks/bench_loader.py peers         # small molecules and cells, beside peers
     python tests/benchmarks/bench_loader.py large 20      # a dataset of 20 GB: memory, first step
+    python tests/benchmarks/bench_loader.py ranks         # four processes that share one dataset
 
 Peers are installed from PyPI into environments of their own, under the folder that
 RUNNER_BENCH_DIR names (or a temporary one, made anew each time). Ours and theirs are measured in
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,11 +32,14 @@ from ase import Atoms
 from ase.collections import g2
 from ase.neighborlist import neighbor_list
 
+from runner.config import load_config
 from runner.epochs import Budget, EpochOrder
 from runner.fields import LABELS
-from runner.loader import BatchLoader, InMemory, Split
+from runner.loader import BatchLoader, InMemory, Shared, Split
+from runner.prepare import prepare
 from runner.store import SCHEMA_VERSION, PreparedDataset, write_dataset
 from runner.structures import Structures
+from runner.terminal import Terminal
 
 CUTOFF = 5.0
 REPEATS = 5
@@ -100,6 +105,8 @@ def main() -> None:
             peers(work)
         elif what == "large":
             large(work, float(sys.argv[2]) if len(sys.argv) > 2 else 20.0)
+        elif what == "ranks":
+            ranks(work)
         else:
             sys.exit(__doc__)
 
@@ -332,63 +339,155 @@ def peers(work: Path, seconds: float = 3.0) -> None:
 
 
 def large(work: Path, gigabytes: float) -> None:
-    """Memory of a stream, of four processes, and the time to the first batch."""
+    """Memory of a stream and of four processes, and the time to the first batch and step."""
     n = int(gigabytes * 1e9 / (18 * 49))
-    path = work / f"large-{gigabytes:g}.zarr"
-    if not path.exists():
-        _write_large(path, n)
-    dataset = PreparedDataset(path)
+    config = work / f"large-{gigabytes:g}" / "config.toml"
+    path = _large_experiment(config, n)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(f"{n:,} molecules of 18 atoms, {size / 1e9:.1f} GB on disk, 5 Å, batches of 64")
-    del dataset
-    for what in ("first", "stream"):
+    for what in ("first batch", "first step", "stream"):
         drop_page_cache(path)
-        found = subprocess.run(
-            [sys.executable, __file__, "--child", what, str(path)],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        print("  " + found.stdout.strip())
+        print("  " + _in_child(what, str(config if what == "first step" else path)), flush=True)
 
 
-def _write_large(path: Path, n: int) -> None:
-    """The same million molecules again and again, in another order."""
-    base = molecules_like_qm9(min(n, 1_000_000))
+def ranks(work: Path, n: int = 1_000_000) -> None:
+    """Memory that four processes take for one dataset, beside four copies."""
+    dataset = stored(work / f"molecules-{n}.zarr", molecules_like_qm9(n))
+    one = Split(dataset, "train", CUTOFF).bytes_needed()
+    print(f"{n:,} molecules of 18 atoms: {one / 1e9:.2f} GB in memory with their lists")
+    with tempfile.TemporaryDirectory() as meeting:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--child", "rank", str(dataset.path), meeting, str(r)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for r in range(4)
+        ]
+        found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+    shared, own = (sum(f[k] for f in found) / 1e9 for k in ("pss_of_data", "pss_of_the_rest"))
+    print(f"  four processes: {shared:.2f} GB of data in all, {own / 4:.2f} GB of their own each")
 
-    rows = np.random.default_rng(1).integers(0, len(base), n)
-    attributes = {
-        "schema_version": SCHEMA_VERSION,
-        "splits": {"train": [0, n], "val": [n, n], "test": [n, n]},
-        "statistics": {"coverage": {"energy": n, "forces": n}},
-    }
-    write_dataset(path, base, attributes, lambda picture: picture.write_bytes(b""), order=rows)
 
-
-def _child(what: str, path: Path) -> None:
-    start = time.perf_counter()
-    loader = our_loader(PreparedDataset(path), 64, keep=what == "first")
-    if what == "first":
-        next(iter(loader))
-        took = time.perf_counter() - start
-        print(f"to the first batch, kept in memory: {took:.2f} s")
-        os._exit(0)
-    n, most = 0, 0
-    process = psutil.Process()
-    before = process.memory_info().rss
-    for number, batch in enumerate(loader):
-        n += batch.n_structures
-        if number % 200 == 0:
-            most = max(most, process.memory_info().rss)
-    took = time.perf_counter() - start
-    print(
-        f"streamed once: {n / took:,.0f} structures/s, at most {most / 1e6:.0f} MB resident "
-        f"({before / 1e6:.0f} MB of them before the first batch)"
+def _in_child(*arguments: str) -> str:
+    found = subprocess.run(
+        [sys.executable, __file__, "--child", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
     )
+    return found.stdout.strip().splitlines()[-1]
+
+
+def _large_experiment(config: Path, n: int) -> Path:
+    """An experiment with a prepared dataset of `n` structures; returns the dataset.
+
+    A hundred structures are prepared; then what the dataset says of itself is kept, and its arrays
+    are replaced by `n` molecules, the same million again and again in a random order.
+    """
+    config.parent.mkdir(exist_ok=True)
+    if not config.exists():
+        few = molecules_like_qm9(100)
+        frames = [
+            Atoms(
+                few.atoms["atomic_numbers"][18 * i : 18 * i + 18],
+                few.atoms["positions"][18 * i : 18 * i + 18],
+                info={"energy": few.structures["energy"][i]},
+            )
+            for i in range(100)
+        ]
+        for i, atoms in enumerate(frames):
+            atoms.arrays["forces"] = few.atoms["forces"][18 * i : 18 * i + 18]
+        ase.io.write(config.parent / "few.extxyz", frames)
+        config.write_text(
+            '[prepare]\nname = "large"\n[[prepare.source]]\npath = "few.extxyz"\n'
+            'energy = { key = "energy", unit = "eV" }\n'
+            'forces = { key = "forces", unit = "eV/angstrom" }\n'
+            '[train.potential]\nname = "painn"\nfeatures = 16\n'
+            "[train.loss.energy]\n[train.loss.forces]\n[train.batch]\nstructures = 64\n"
+        )
+    result = prepare(load_config(config), config.parent, Terminal(stderr=True))
+    path = Path(result["dataset"])
+    attributes = PreparedDataset(path).attributes
+    if attributes["splits"]["test"][1] < n:
+        shutil.rmtree(path)
+        splits = {"train": [0, n - 200], "val": [n - 200, n - 100], "test": [n - 100, n]}
+        base = molecules_like_qm9(min(n, 1_000_000))
+        rows = np.random.default_rng(1).integers(0, len(base), n)
+        attributes = {k: v for k, v in attributes.items() if k != "checksum"} | {"splits": splits}
+        write_dataset(path, base, attributes, lambda p: p.write_bytes(b""), order=rows)
+    return path
+
+
+def _child(what: str, path: Path, *further: str) -> None:
+    """One measurement in a process of its own."""
+    start = time.perf_counter()
+    if what == "rank":
+        _rank(path, Path(further[0]), int(further[1]))
+    elif what == "first batch":
+        next(iter(our_loader(PreparedDataset(path), 64, keep=True)))
+        print(
+            f"to the first batch, kept in memory: {time.perf_counter() - start:.2f} s", flush=True
+        )
+        os._exit(0)
+    elif what == "first step":
+        _first_step(path)
+    else:
+        loader = our_loader(PreparedDataset(path), 64, keep=False)
+        n, most = 0, 0
+        process = psutil.Process()
+        before = process.memory_info().rss
+        for number, batch in enumerate(loader):
+            n += batch.n_structures
+            if number % 200 == 0:
+                most = max(most, process.memory_info().rss)
+        took = time.perf_counter() - start
+        print(
+            f"streamed once: {n / took:,.0f} structures/s, at most {most / 1e6:.0f} MB resident "
+            f"({before / 1e6:.0f} MB of them before the first batch)"
+        )
+
+
+def _first_step(config: Path) -> None:
+    """`runner train` until its first optimiser step is done."""
+    from runner import cli
+    from runner.training import Training
+
+    started = psutil.Process().create_time()
+
+    def stop(*_: Any) -> None:
+        print(f"`runner train`, to the end of its first step: {time.time() - started:.2f} s")
+        sys.stdout.flush()
+        os._exit(0)
+
+    Training.on_train_batch_end = stop  # type: ignore[method-assign]
+    sys.argv = ["runner", "train", str(config), "--data-dir", str(config.parent)]
+    cli.main()
+
+
+def _rank(path: Path, meeting: Path, rank: int) -> None:
+    """One of four processes that share a dataset; how much memory is its part."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}/meet", rank=rank, world_size=4
+    )
+    shared = meeting / "shared"
+    shared.mkdir(exist_ok=True)
+    split = Split(PreparedDataset(path), "train", CUTOFF)
+    source = Shared(split, shared, rank, 4, torch.distributed.barrier)
+    order = EpochOrder(split.n_structures, Budget("structures", 64), seed=0, block=split.block)
+    for batch in BatchLoader(source, order, rank=rank, n_ranks=4):
+        del batch
+    torch.distributed.barrier()
+    maps = psutil.Process().memory_maps(grouped=False)
+    data = sum(m.pss for m in maps if str(shared) in m.path)
+    print(json.dumps({"pss_of_data": data, "pss_of_the_rest": sum(m.pss for m in maps) - data}))
+    sys.stdout.flush()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        _child(sys.argv[2], Path(sys.argv[3]))
+        _child(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
     else:
         main()
