@@ -61,8 +61,7 @@ class Split:
         self.dataset, self.name, self.cutoff = dataset, name, cutoff
         self.start, stop = (int(row) for row in dataset.attributes["splits"][name])
         self.n_structures = min(stop - self.start, n_structures or stop)
-        total = int(max(stop for _, stop in dataset.attributes["splits"].values()))
-        self.block = max(1, ATOMS_IN_BLOCK * total // max(dataset.n_atoms, 1))
+        self.block = max(1, ATOMS_IN_BLOCK * len(dataset) // max(dataset.n_atoms, 1))
 
     @property
     def n_blocks(self) -> int:

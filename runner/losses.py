@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -135,13 +136,18 @@ class Loss(nn.Module):
         """Every term, unweighted, with what it was summed over."""
         return {name: term(prediction, batch) for name, term in self.terms.items()}
 
-    def total(self, means: Mapping[str, Tensor], epoch: int) -> Tensor:
-        """Weighted sum of the terms' means, with the weights of an epoch, counted from 0.
+    def weights_at(self, epoch: int) -> dict[str, float]:
+        """The weights of the terms in an epoch, counted from 0."""
+        return {name: term.weight_at(epoch) for name, term in self.config.terms.items()}
 
-        NaN of no term at all.
-        """
-        weighted = [self.config.terms[n].weight_at(epoch) * mean for n, mean in means.items()]
+    def weighted(self, means: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Tensor:
+        """Weighted sum of the terms' means; NaN of no term at all."""
+        weighted = [weights[name] * mean for name, mean in means.items()]
         return torch.stack(weighted).sum() if weighted else torch.tensor(torch.nan)
+
+    def total(self, means: Mapping[str, Tensor], epoch: int) -> Tensor:
+        """The same with the weights of an epoch."""
+        return self.weighted(means, self.weights_at(epoch))
 
     def forward(
         self, prediction: Mapping[str, Tensor], batch: Batch, epoch: int = 0
@@ -159,4 +165,8 @@ def _masked(
 
 
 def _count(mask: Bool[Tensor, " n"] | None, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    return torch.full_like(values[:1].sum(), values.shape[0]) if mask is None else mask.sum().to(values.dtype)
+    return (
+        torch.full_like(values[:1].sum(), values.shape[0])
+        if mask is None
+        else mask.sum().to(values.dtype)
+    )

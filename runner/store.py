@@ -335,6 +335,9 @@ class PreparedDataset:
         index = int(self._read("structures/source_index", row, row + 1)[0])
         return f"{self.attributes['sources'][source]['name']}, structure {index} (counted from 0)"
 
+    def __len__(self) -> int:
+        return max(int(stop) for _, stop in self.attributes["splits"].values())
+
     @property
     def n_atoms(self) -> int:
         """Atoms of all structures."""

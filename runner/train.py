@@ -97,7 +97,8 @@ def _train(
     )
     weights = sum(parameter.numel() for parameter in potential.parameters())
     terminal.say(f"potential {config.potential.name}, {weights} weights")
-    module = Training(potential, config, passport(config, dataset))
+    incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
+    module = Training(potential, config, passport(config, dataset), incomplete)
     trainer = _trainer(config, run, terminal)
     _fit(trainer, module, data)
     best = _best_epoch(run.path)

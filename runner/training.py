@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import lightning
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runner.batches import Batch
+from runner.compiled import CompiledStep, Step
 from runner.config import TrainConfig
 from runner.errors import RunError
 from runner.losses import Loss
@@ -25,7 +26,11 @@ class Training(lightning.LightningModule):
     """A potential in training."""
 
     def __init__(
-        self, potential: Potential, config: TrainConfig, passport: Mapping[str, Any]
+        self,
+        potential: Potential,
+        config: TrainConfig,
+        passport: Mapping[str, Any],
+        incomplete: Collection[str] = (),
     ) -> None:
         """Train `potential`.
 
@@ -33,6 +38,7 @@ class Training(lightning.LightningModule):
             potential: what is trained.
             config: the `[train]` table.
             passport: plain data that travels in every checkpoint, see `runner.predictor`.
+            incomplete: labels that some structure of the data lacks.
         """
         super().__init__()
         self.potential = potential
@@ -45,6 +51,8 @@ class Training(lightning.LightningModule):
         self._validating = 0.0
         needed = {*measured, *config.loss.terms}
         self.derivatives = {name: name in needed for name in ("forces", "stress")}
+        self.step = Step(potential, self.loss, self.derivatives)
+        self.compiled = CompiledStep(self.step, incomplete) if config.compile else None
         self.splits = torch.nn.ModuleDict(
             # "train" is an attribute of every module, so the keys carry a suffix
             {f"{s}_split": SplitMetrics(s, self.loss, measured) for s in ("train", "val", "test")}
@@ -63,10 +71,12 @@ class Training(lightning.LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: Batch, split: str) -> Tensor:
-        prediction = self.potential(batch, **self.derivatives)
-        sums = self.loss.sums(prediction, batch)
-        self._metrics(split).update(sums, prediction, batch)
-        return self.loss.total({n: s.mean for n, s in sums.items()}, self.current_epoch)
+        step: Step | CompiledStep = self.step
+        if split == "train" and self.compiled is not None and self.compiled.fits(batch):
+            step = self.compiled
+        result = step(batch, self.loss.weights_at(self.current_epoch))
+        self._metrics(split).update(result.sums, result.prediction, batch)
+        return result.total
 
     def on_train_epoch_start(self) -> None:
         """Start the clock."""

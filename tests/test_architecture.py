@@ -48,6 +48,7 @@ FLOORS: dict[str, int] = {
     "runner.epochs": 2,
     "runner.loader": 2,
     "runner.losses": 2,
+    "runner.compiled": 2,
     "runner.metrics": 2,
     "runner.potentials": 2,
     "runner.potentials.components": 2,

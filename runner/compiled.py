@@ -1,0 +1,268 @@
+"""The whole training step as one compiled function.
+
+torch.compile refuses to differentiate a derivative, which forces in a loss ask for. But the step as
+a whole, from parameters and batch to losses and gradients of the parameters, is a function without
+anything left to differentiate: it is traced once, with sizes as symbols, and compiled by Inductor.
+The eager step stays the reference; it also takes the batches that are too small to be general.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jaxtyping
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from runner.batches import Batch
+from runner.errors import RunError
+from runner.losses import Loss, Sum
+from runner.potentials import Potential
+
+TOLERANCE = 1e-3
+# where Inductor of torch 2.13 reorders operations to save memory, some read what is not yet written
+OPTIONS = {"reorder_for_peak_memory": False}
+GENERAL_FROM = 2  # sizes of 0 and 1 are special to a compiler
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step gives; a compiled one has no graph but that of the total.
+
+    Attributes:
+        total: the weighted loss, to be differentiated by the parameters.
+        sums: of every term of the loss.
+        prediction: by name.
+    """
+
+    total: Tensor
+    sums: dict[str, Sum]
+    prediction: dict[str, Tensor]
+
+
+class Step:
+    """Predict and compare, operation by operation."""
+
+    def __init__(self, potential: Potential, loss: Loss, derivatives: Mapping[str, bool]) -> None:
+        """Take what is trained.
+
+        Args:
+            potential: that is trained.
+            loss: that is minimised.
+            derivatives: whether forces and stress are needed.
+        """
+        self.potential, self.loss, self.derivatives = potential, loss, dict(derivatives)
+
+    def __call__(self, batch: Batch, weights: Mapping[str, Any]) -> StepResult:
+        """One batch, with the weights of the terms as they are now."""
+        return self.compare(self.potential(batch, **self.derivatives), batch, weights)
+
+    def compare(
+        self, prediction: dict[str, Tensor], batch: Batch, weights: Mapping[str, Any]
+    ) -> StepResult:
+        """What a prediction costs."""
+        sums = self.loss.sums(prediction, batch)
+        total = self.loss.weighted({name: s.mean for name, s in sums.items()}, weights)
+        return StepResult(total, sums, prediction)
+
+
+class CompiledStep:
+    """A step that is traced and compiled when it meets its first batch of general size."""
+
+    def __init__(self, step: Step, incomplete: Collection[str] = ()) -> None:
+        """Compile a step.
+
+        Args:
+            step: of a potential in training mode.
+            incomplete: labels that some structure of the data lacks; a batch in which all have
+                them is made to look like the others.
+        """
+        self.step = step
+        self.incomplete = sorted(incomplete)
+        self._parameters = dict(step.potential.named_parameters())
+        self._buffers = dict(step.potential.named_buffers())
+        self._function: Any = None
+        self._layout: _Layout | None = None
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the batch is of general size: two structures, atoms and pairs at least."""
+        sizes = (batch.n_atoms.shape[0], batch.positions.shape[0], batch.pairs.shape[1])
+        return min(sizes) >= GENERAL_FROM
+
+    def __call__(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+        """The same as the eager step to rounding."""
+        batch = _with_masks(batch, self.incomplete)
+        tensors = _tensors(batch)
+        factors = batch.positions.new_tensor([weights[name] for name in sorted(weights)])
+        state = [p.detach() for p in self._parameters.values()] + list(self._buffers.values())
+        if self._function is None:
+            self._function = self._compile(state, factors, tensors, batch, sorted(weights))
+            self._check(batch, weights)
+        with torch.no_grad():
+            found = list(self._function(*state, factors, *tensors.values()))
+        assert self._layout is not None
+        total, sums, prediction, gradients = self._layout.unpack(found)
+        return StepResult(
+            _Given.apply(total, gradients, *self._parameters.values()),  # type: ignore[no-untyped-call]
+            sums,
+            prediction,
+        )
+
+    def _compile(
+        self,
+        state: Sequence[Tensor],
+        factors: Tensor,
+        tensors: Mapping[str, Tensor],
+        batch: Batch,
+        terms: Sequence[str],
+    ) -> Any:
+        mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+        inputs: list[Tensor] = [mode.from_tensor(t, static_shapes=True) for t in (*state, factors)]
+        inputs += [_symbolic(mode, name, tensor) for name, tensor in tensors.items()]
+        n_parameters, n_state = len(self._parameters), len(state)
+        names = [*self._parameters, *self._buffers]
+
+        def function(*given: Tensor) -> list[Tensor]:
+            parameters = [p.detach().requires_grad_() for p in given[:n_parameters]]
+            known = dict(zip(names, [*parameters, *given[n_parameters:n_state]], strict=True))
+            weights = dict(zip(terms, given[n_state].unbind(), strict=True))
+            here = _batch(batch, dict(zip(tensors, given[n_state + 1 :], strict=True)))
+            prediction = functional_call(self.step.potential, known, here, self.step.derivatives)
+            result = self.step.compare(prediction, here, weights)
+            gradients = torch.autograd.grad(
+                result.total, parameters, allow_unused=True, materialize_grads=True
+            )
+            self._layout = _Layout(list(result.sums), list(result.prediction))
+            return [tensor.detach() for tensor in self._layout.pack(result, gradients)]
+
+        try:
+            return self._traced(function, inputs)
+        except Exception as error:  # compilers fail in many ways
+            raise RunError(
+                f"the training step cannot be compiled: {str(error).strip().splitlines()[0]}",
+                where="train.compile = true",
+                remedy="set it to false; on a CPU a C++ compiler such as g++ is needed",
+            ) from error
+
+    def _traced(self, function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Any:
+        with _shapes_unchecked(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of torch about itself
+            from torch._inductor import config  # takes a second to import
+            from torch._inductor.compile_fx import compile_fx
+
+            graph = make_fx(function, tracing_mode="symbolic")(*inputs)
+            with torch.no_grad(), config.patch(OPTIONS):
+                return compile_fx(graph, list(inputs))
+
+    def _check(self, batch: Batch, weights: Mapping[str, float]) -> None:
+        """See that the compiled step gives what the eager one does, on one batch."""
+        parameters = list(self._parameters.values())
+        totals, gradients = [], []
+        for step in (self, self.step):
+            total = step(batch, weights).total
+            totals.append(total.item())
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+            given = zip(parameters, found, strict=True)
+            gradients.append([torch.zeros_like(p) if g is None else g for p, g in given])
+        largest = max(float(g.abs().max()) for g in gradients[1])
+        off = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
+        if off > TOLERANCE * largest or abs(totals[0] - totals[1]) > TOLERANCE * abs(totals[1]):
+            raise RunError(
+                "the compiled step does not give what the step itself does: its loss is "
+                f"{totals[0]:.6g} instead of {totals[1]:.6g}, its gradients are off by "
+                f"{off / largest:.2g} of the largest",
+                where="train.compile = true",
+                remedy="set it to false; another version of torch may help",
+            )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How results lie in one flat list."""
+
+    terms: list[str]
+    quantities: list[str]
+
+    def pack(self, result: StepResult, gradients: Sequence[Tensor]) -> list[Tensor]:
+        sums = [
+            t for name in self.terms for t in (result.sums[name].total, result.sums[name].count)
+        ]
+        return [result.total, *sums, *result.prediction.values(), *gradients]
+
+    def unpack(
+        self, found: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, Sum], dict[str, Tensor], list[Tensor]]:
+        last = 1 + 2 * len(self.terms)
+        pairs = zip(found[1:last:2], found[2:last:2], strict=True)
+        sums = {name: Sum(*pair) for name, pair in zip(self.terms, pairs, strict=True)}
+        rest = found[last:]
+        predicted = dict(zip(self.quantities, rest, strict=False))
+        return found[0], sums, predicted, list(rest[len(self.quantities) :])
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        ctx.wanted = [parameter.requires_grad for parameter in parameters]
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        (slope,) = slopes
+        given = [slope * g if w else None for g, w in zip(ctx.gradients, ctx.wanted, strict=True)]
+        return None, None, *given
+
+
+def _with_masks(batch: Batch, names: Sequence[str]) -> Batch:
+    """The batch with a mask for every label that some structure of the data lacks."""
+    every = torch.ones_like(batch.n_atoms, dtype=torch.bool)
+    masks = {name: batch.labelled.get(name, every) for name in names if name in batch.labels}
+    return replace(batch, labelled=masks)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    """All tensors of a batch by name, always in the same order."""
+    found = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    found |= {f"label {name}": batch.labels[name] for name in sorted(batch.labels)}
+    return found | {f"has {name}": batch.labelled[name] for name in sorted(batch.labelled)}
+
+
+def _batch(like: Batch, tensors: Mapping[str, Tensor]) -> Batch:
+    """A batch of other tensors."""
+    plain = {name: tensor for name, tensor in tensors.items() if " " not in name}
+    labels = {name: tensors[f"label {name}"] for name in like.labels}
+    labelled = {name: tensors[f"has {name}"] for name in like.labelled}
+    return replace(like, **plain, labels=labels, labelled=labelled)
+
+
+def _symbolic(mode: FakeTensorMode, name: str, tensor: Tensor) -> Tensor:
+    """A stand-in whose number of structures, atoms or pairs is a symbol."""
+    sizes = [DimDynamic.STATIC] * tensor.dim()
+    sizes[1 if name == "pairs" else 0] = DimDynamic.DYNAMIC
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+@contextlib.contextmanager
+def _shapes_unchecked() -> Iterator[None]:
+    """Without comparing shapes, which would turn symbols into numbers."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)

@@ -1,0 +1,147 @@
+"""The compiled step gives what the eager one gives, on batches of any size."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from molecules import random_structures, without, write_experiment
+
+from runner.batches import Batch, Block
+from runner.compiled import CompiledStep, Step
+from runner.config import LossConfig, load_config, potential_config
+from runner.errors import RunError
+from runner.losses import Loss
+from runner.potentials import POTENTIALS, build_potential
+from runner.prepare import prepare
+from runner.structures import Structures
+from runner.terminal import Terminal
+from runner.train import train
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+CUTOFF = 4.0
+
+
+def _step(name: str, loss: dict[str, dict[str, object]]) -> Step:
+    torch.manual_seed(0)
+    config = potential_config({"name": name, "cutoff": "4 angstrom", "features": 8})
+    potential = build_potential(config, list(loss), {"energy_per_atom_std": 0.7}).train()
+    derivatives = {key: key in loss for key in ("forces", "stress")}
+    return Step(potential, Loss(LossConfig.model_validate(loss)), derivatives)
+
+
+def _compare(step: Step, compiled: CompiledStep, block: Block, weights: dict[str, float]) -> None:
+    """Losses, predictions and gradients of several batches, to the accuracy of float32."""
+    parameters = list(step.potential.parameters())
+    for rows in ([0, 1, 2, 3, 4], [5, 2], list(range(12)), [3, 9, 7]):
+        batch = block.take(np.array(rows)).batch()
+        assert compiled.fits(batch)
+        found, expected = compiled(batch, weights), step(batch, weights)
+        assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-4)
+        for name, s in expected.sums.items():
+            assert found.sums[name].total.item() == pytest.approx(s.total.item(), rel=1e-4)
+            assert found.sums[name].count.item() == s.count.item()
+        for name, value in expected.prediction.items():
+            assert torch.allclose(found.prediction[name], value, rtol=1e-3, atol=1e-4)
+        gradients = []
+        for result in (found, expected):
+            step.potential.zero_grad()
+            (2 * result.total).backward()
+            gradients.append([torch.zeros(()) if p.grad is None else p.grad for p in parameters])
+        largest = max(g.abs().max() for g in gradients[1])
+        for one, other in zip(*gradients, strict=True):
+            assert (one - other).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "painn" else pytest.param(n, marks=pytest.mark.slow) for n in POTENTIALS],
+)
+def test_molecules_some_without_a_label(name: str) -> None:
+    loss = {"energy": {"per_atom": True}, "forces": {"error": "huber"}, "dipole": {}}
+    step = _step(name, loss)
+    structures = random_structures([3, 5, 4, 6, 2, 3, 4, 5, 3, 2, 6, 4])
+    block = Block.of(without(structures, "forces", [1, 9]), CUTOFF)
+    compiled = CompiledStep(step, ["forces"])
+    _compare(step, compiled, block, {"energy": 1.0, "forces": 3.0, "dipole": 0.5})
+    _compare(step, compiled, block, {"energy": 0.1, "forces": 7.0, "dipole": 2.0})
+    for rows in ([4], []):  # left to the eager step
+        assert not compiled.fits(block.take(np.array(rows, np.int64)).batch())
+
+
+@pytest.mark.slow
+def test_crystals_with_stress() -> None:
+    rng = np.random.default_rng(0)
+    structures = random_structures([2, 3, 2, 4, 2, 3, 3, 2, 4, 2, 3, 2])
+    cells = np.eye(3) * 4 + rng.uniform(-0.5, 0.5, (12, 3, 3))
+    arrays = structures.structures | {
+        "cell": cells,
+        "pbc": np.ones((12, 3), bool),
+        "stress": rng.normal(size=(12, 3, 3)),
+    }
+    structures = Structures(structures.first_atom, structures.atoms, arrays)
+    step = _step("painn", {"energy": {}, "forces": {}, "stress": {}})
+    weights = {"energy": 1.0, "forces": 3.0, "stress": 0.5}
+    _compare(step, CompiledStep(step), Block.of(structures, CUTOFF), weights)
+
+
+@pytest.mark.slow
+def test_a_compiled_training_ends_where_an_eager_one_does(tmp_path: Path) -> None:
+    results = []
+    for compiled in ("true", "false"):
+        config_file = write_experiment(tmp_path / compiled)
+        settings = [f"train.compile={compiled}", "train.batch.structures=6"]
+        config = load_config(config_file, settings)
+        prepare(config, tmp_path / "prepared", Terminal())
+        results.append(train(config, config_file, tmp_path / "prepared", Terminal(), []))
+    assert results[0]["steps"] == results[1]["steps"]
+    assert results[0]["best"] == pytest.approx(results[1]["best"], rel=1e-2)
+    assert results[0]["best"] != results[1]["best"]  # it was another program
+
+
+def _calls(monkeypatch: pytest.MonkeyPatch, compiled: Callable[..., Any]) -> CompiledStep:
+    """A step that is compiled by a function in place of Inductor."""
+    step = CompiledStep(_step("painn", {"energy": {}}))
+    monkeypatch.setattr(step, "_traced", lambda function, _: compiled(function))
+    return step
+
+
+def _two() -> Batch:
+    return Block.of(random_structures([3, 4]), CUTOFF).batch()
+
+
+def test_the_gradient_is_given_once_and_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_it_is(function: Callable[..., list[torch.Tensor]]) -> Callable[..., Any]:
+        return torch.enable_grad()(function)
+
+    compiled = _calls(monkeypatch, as_it_is)
+    result = compiled(_two(), {"energy": 1.0})
+    assert not any(value.requires_grad for value in result.prediction.values())
+    weight = next(compiled.step.potential.parameters())
+    (one,) = torch.autograd.grad(result.total, weight, retain_graph=True)
+    (three,) = torch.autograd.grad(3 * result.total, weight)
+    assert one.abs().max() > 0
+    assert torch.allclose(three, 3 * one)
+
+
+def test_a_wrong_compilation_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(function: Callable[..., list[torch.Tensor]]) -> Callable[..., Any]:
+        return torch.enable_grad()(lambda *given: [1.01 * out for out in function(*given)])
+
+    text = r"does not give what the step itself does(.|\n)*train.compile = true(.|\n)*to false"
+    with pytest.raises(RunError, match=text):
+        _calls(monkeypatch, wrong)(_two(), {"energy": 1.0})
+
+
+def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Callable[..., list[torch.Tensor]]) -> Callable[..., Any]:
+        raise OSError("no g++ here\nlong story")
+
+    with pytest.raises(RunError, match=r"cannot be compiled: no g\+\+ here(.|\n)*C\+\+ compiler"):
+        _calls(monkeypatch, fails)(_two(), {"energy": 1.0})
