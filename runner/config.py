@@ -598,8 +598,8 @@ class SchNetConfig(ArchitectureConfig):
     """Rounds of message passing: 3 as published (arXiv:1706.08566); 6 is the default of the
     authors' program."""
     radial_basis: Count = 50
-    """Gaussian radial basis functions, evenly up to the cutoff: 50 are one every 0.1 Å, as
-    published, at the default cutoff."""
+    """Gaussian radial basis functions, evenly up to the cutoff: at the default cutoff, 50 are one
+    about every 0.1 Å, as published."""
 
 
 ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig, SchNetConfig)

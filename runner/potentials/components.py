@@ -57,8 +57,8 @@ class GaussianBasis(nn.Module):
     published γ = 10 Å⁻² and Δ = 0.1 Å, however many functions there are.
 
     Source:
-        Schütt et al., J. Chem. Phys. 148, 241722 (2018), doi:10.1063/1.5019779, "Filter-generating
-        networks"; the values of γ and Δ in their arXiv:1706.08566, section 4.1.
+        Schütt et al., J. Chem. Phys. 148, 241722 (2018), doi:10.1063/1.5019779, on the filter-
+        generating networks; the values of γ and Δ are in their arXiv:1706.08566, section 4.1.
     """
 
     centers: Tensor
@@ -80,8 +80,8 @@ class ShiftedSoftplus(nn.Module):
     r"""Activation :math:`\ln(½ e^x + ½)`: zero at zero, smooth, linear far above.
 
     Source:
-        Schütt et al., J. Chem. Phys. 148, 241722 (2018), doi:10.1063/1.5019779, "Interaction
-        blocks".
+        Schütt et al., J. Chem. Phys. 148, 241722 (2018), doi:10.1063/1.5019779; arXiv:1706.08566,
+        section 4.1.
     """
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -34,9 +34,8 @@ class SchNet(nn.Module):
         first in Schütt et al., NeurIPS 2017, arXiv:1706.08566, section 4.1. It differs in that
 
         - filters are multiplied by a cosine cutoff, so that energies and forces are smooth where
-          a neighbour leaves; there they end at the cutoff without one;
-        - the second layer of a filter has no activation, so that a filter may have either sign;
-        - an atom does not convolve with itself, at distance zero;
+          a neighbour leaves; the published model has none;
+        - the second layer of a filter has no activation, so that no sign is preferred;
         - charges, where asked for, are read out as the energies are.
     """
 
