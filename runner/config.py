@@ -588,13 +588,28 @@ class PaiNNConfig(ArchitectureConfig):
     """Radial basis functions."""
 
 
-ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig,)
-PotentialConfig = PaiNNConfig
+class SchNetConfig(ArchitectureConfig):
+    """Hyperparameters of SchNet, see `runner.potentials.schnet`."""
+
+    name: Literal["schnet"]
+    features: Count = 64
+    """Features of an atom, and of a filter: 64 as published (arXiv:1706.08566)."""
+    interactions: Count = 3
+    """Rounds of message passing: 3 as published (arXiv:1706.08566); 6 is the default of the
+    authors' program."""
+    radial_basis: Count = 50
+    """Gaussian radial basis functions, evenly up to the cutoff: at the default cutoff, 50 are one
+    about every 0.1 Å, as published."""
+
+
+ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig, SchNetConfig)
+PotentialConfig = Annotated[PaiNNConfig | SchNetConfig, Field(discriminator="name")]
 
 
 def potential_config(table: Mapping[str, Any]) -> ArchitectureConfig:
     """The `[train.potential]` table of a checkpoint, as its class."""
-    return TypeAdapter(PotentialConfig).validate_python(dict(table))
+    adapter: TypeAdapter[ArchitectureConfig] = TypeAdapter(PotentialConfig)
+    return adapter.validate_python(dict(table))
 
 
 class WeightSchedule(Section):
@@ -763,6 +778,7 @@ class TrainConfig(Section):
     batch: BatchConfig = BatchConfig()
     data: DataConfig = DataConfig()
     potential: PotentialConfig
+    """The architecture, by its `name`, with its hyperparameters."""
     loss: LossConfig
     metrics: MetricsConfig | None = None
     """Those of the loss's quantities, mae and rmse, unless given."""
@@ -1022,13 +1038,50 @@ def _lines(text: bytes) -> Iterator[tuple[Location, int]]:
 
 def _describe(error: ValidationError, document: Document) -> str:
     """Every mistake of a config, in the order of the file."""
-    mistakes = [_describe_one(details, document) for details in error.errors()]
+    found = [one for details in error.errors() for one in _spelt_out(details, document.tables)]
+    mistakes = [_describe_one(details, document) for details in found]
     head = (
         "the config has a mistake"
         if len(mistakes) == 1
         else f"{len(mistakes)} mistakes in the config"
     )
     return "\n".join([head + ":", *mistakes])
+
+
+def _spelt_out(details: ErrorDetails, tables: dict[str, Any]) -> Iterator[ErrorDetails]:
+    """One error as it is; but of a table whose `name` tells its keys and is wrong, all of them.
+
+    pydantic stops at such a name. What else is wrong with the table is wrong by each of the names
+    that may be meant: those similar to the one found, or else all.
+    """
+    if details["type"] not in ("union_tag_invalid", "union_tag_not_found"):
+        yield details
+        return
+    loc, table = details["loc"], details["input"]
+    location, section = _locate(loc, tables)
+    variants = _variants(_annotation_below(section, location[-1]))
+    expected = " or ".join(f"'{name}'" for name in variants)
+    kind = "literal_error" if "name" in table else "missing"
+    input_, context = table.get("name", table), {"expected": expected}
+    yield ErrorDetails(type=kind, loc=(*loc, "name"), msg="", input=input_, ctx=context)
+    similar = [name for name in variants if did_you_mean(str(input_), [name])]
+    by_name = [_errors_of(variants[name], name, details) for name in similar or variants]
+    everywhere = set.intersection(*(set(errors) for errors in by_name))
+    yield from (error for key, error in by_name[0].items() if key in everywhere)
+
+
+def _errors_of(
+    variant: type[BaseModel], name: str, details: ErrorDetails
+) -> dict[tuple[str | int, ...], ErrorDetails]:
+    """What is wrong in a table if its `name` is meant to be this one, by key and kind."""
+    try:
+        variant.model_validate(details["input"] | {"name": name})
+    except ValidationError as error:
+        errors = {(*one["loc"], one["type"]): one for one in error.errors()}
+        for one in errors.values():
+            one["loc"] = (*details["loc"], name, *one["loc"])
+        return errors
+    return {}
 
 
 def _describe_one(details: ErrorDetails, document: Document) -> str:
@@ -1049,6 +1102,10 @@ def _locate(
     value: Any = tables
     annotation: Any = Config
     for number, part in enumerate(loc):
+        variants = _variants(annotation)
+        if isinstance(part, str) and part in variants:
+            annotation = variants[part]
+            continue
         inside = (isinstance(value, dict) and part in value) or (
             isinstance(value, list) and isinstance(part, int) and part < len(value)
         )
@@ -1069,6 +1126,19 @@ def _annotation_below(annotation: Any, part: str | int) -> Any:
         found = section.model_fields.get(part)
         return found.annotation if found else None
     return annotation if isinstance(part, int) else None
+
+
+def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The sections that a table may be, by the `name` that it has to have for each."""
+    arguments = typing.get_args(annotation)
+    sections = [a for a in arguments if isinstance(a, type) and issubclass(a, Section)]
+    if len(sections) < 2 or not all("name" in section.model_fields for section in sections):
+        return {}
+    return {
+        name: section
+        for section in sections
+        for name in typing.get_args(section.model_fields["name"].annotation)
+    }
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
@@ -1092,7 +1162,7 @@ def _explain(details: ErrorDetails, section: type[BaseModel] | None) -> tuple[st
         hint = did_you_mean(str(details["loc"][-1]), keys)
         return "; ".join(filter(None, ["unknown key", hint])), ", ".join(keys)
     if kind == "missing":
-        return "this key is missing", ""
+        return "this key is missing", str(context.get("expected", ""))
     if kind == "literal_error":
         expected = str(context.get("expected", ""))
         words = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
@@ -1100,7 +1170,7 @@ def _explain(details: ErrorDetails, section: type[BaseModel] | None) -> tuple[st
         return "; ".join(filter(None, [f"found {_shown(found)}", hint])), expected
     if kind == "runner":
         return str(context["message"]), ""
-    if kind in ("model_type", "dict_type"):
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
         return f"found {_shown(found)}; it should be of type table", ""
     message = details["msg"].replace("Input should be a valid", "it should be of type")
     message = message.replace("Input", "it")

@@ -22,6 +22,7 @@ from runner.config import (
     PrepareConfig,
     QuadrupoleConfig,
     ScheduleConfig,
+    SchNetConfig,
     SelfEnergiesConfig,
     SourceConfig,
     SplitConfig,
@@ -47,6 +48,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "[train.data]": DataConfig,
     "`weights` of `[train.data]`": WeightsConfig,
     "`[train.potential]` with the name `painn`": PaiNNConfig,
+    "`[train.potential]` with the name `schnet`": SchNetConfig,
     "[train.loss.energy]": EnergyLossConfig,
     "`[train.loss.forces]` and those of other labels": AtomLossConfig,
     "[train.optimizer]": OptimizerConfig,
@@ -117,7 +119,7 @@ def _kind(entry: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     if "anyOf" in entry:
         kinds = [_kind(one, schema) for one in entry["anyOf"] if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
-    if "$ref" in entry:
+    if "$ref" in entry or "oneOf" in entry:
         return "table"
     if entry.get("type") == "array":
         return f"list of {_kind(entry['items'], schema)}s"

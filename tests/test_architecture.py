@@ -53,6 +53,7 @@ FLOORS: dict[str, int] = {
     "runner.potentials": 2,
     "runner.potentials.components": 2,
     "runner.potentials.painn": 2,
+    "runner.potentials.schnet": 2,
     "runner.datamodule": 3,
     "runner.training": 3,
     "runner.experiment": 3,

@@ -9,9 +9,11 @@ import pytest
 from runner.config import (
     Config,
     LossTermConfig,
+    SchNetConfig,
     WeightSchedule,
     config_path,
     load_config,
+    potential_config,
     resolved_toml,
 )
 from runner.errors import ConfigError
@@ -350,6 +352,80 @@ def test_a_value_in_place_of_a_table_is_refused_in_the_words_of_toml(
     assert "it should be of type" in message
     assert "Config" not in message.replace("config", "")  # no name of a Python class
     assert "dictionary" not in message
+
+
+@pytest.mark.parametrize(
+    ("table", "mistakes"),
+    [
+        (
+            "[train.potential]\nname = 'shnet'\nfeatures = 'many'\nradial = 3",
+            [
+                "8  train.potential.name\n    found 'shnet' (string); did you mean \"schnet\"?\n"
+                "    allowed: 'painn' or 'schnet'",
+                "9  train.potential.features\n    found 'many' (string); it should be of type int",
+                '10  train.potential.radial\n    unknown key; did you mean "radial_basis"?\n'
+                "    allowed: cutoff, features, interactions, name, radial_basis",
+            ],
+        ),
+        (
+            "[train.potential]\ncutoff = '5 eV'",
+            [
+                "7  train.potential.name\n    this key is missing\n    allowed: 'painn' or 'schn",
+                '8  train.potential.cutoff\n    the unit "eV" has the wrong dimension',
+            ],
+        ),
+        (
+            "[train.potential]\nname = 3\ncutoff = '5 angstrom'",
+            ["8  train.potential.name\n    found 3 (integer)\n    allowed: 'painn' or 'schnet'"],
+        ),
+        (
+            "[train.potential]\nname = 'something'\nfeatures = 0",
+            [
+                "8  train.potential.name\n    found 'something' (string)\n    allowed: 'painn' or",
+                "9  train.potential.features\n    found 0 (integer); it should be greater than or",
+            ],
+        ),
+        (
+            "[train.potential]\nname = 'schnet'\nfeature = 3",
+            ['9  train.potential.feature\n    unknown key; did you mean "features"?'],
+        ),
+        (
+            "[train.potential]\nname = 'schnet'\nschnet = { x = 1 }",
+            ["9  train.potential.schnet\n    unknown key"],
+        ),
+        (
+            "[train]\npotential = 'schnet'",
+            ["8  train.potential\n    found 'schnet' (string); it should be of type table"],
+        ),
+        ("[train]", ["6  train.potential\n    this key is missing"]),
+    ],
+)
+def test_mistakes_in_a_table_whose_keys_depend_on_its_name(
+    tmp_path: Path, table: str, mistakes: list[str]
+) -> None:
+    before = """[prepare]
+name = "x"
+[[prepare.source]]
+path = "a.xyz"
+energy = { key = "e", unit = "eV" }
+[train.loss.energy]
+"""
+    text = _mistakes(tmp_path, before + table)
+    for mistake in mistakes:
+        assert f"  {tmp_path / 'config.toml'}:{mistake}" in text
+    assert text.count("config.toml:") == len(mistakes)
+
+
+def test_a_potential_is_read_as_the_class_that_its_name_says(tmp_path: Path) -> None:
+    config = _load(tmp_path, GOOD.replace('"painn"', '"schnet"\nfeatures = 32'))
+    assert config.train is not None
+    potential = config.train.potential
+    assert isinstance(potential, SchNetConfig)
+    assert (potential.features, potential.interactions, potential.radial_basis) == (32, 3, 50)
+    assert potential_config(potential.model_dump(mode="json")) == potential
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    assert _load(other, resolved_toml(config)) == config
 
 
 def test_fractions_in_any_order_sum_to_one(tmp_path: Path) -> None:

@@ -14,7 +14,12 @@ from runner.batches import make_batch
 from runner.config import ARCHITECTURES, LossConfig, PaiNNConfig, potential_config
 from runner.losses import Loss
 from runner.potentials import POTENTIALS, Potential, build_potential, charge_moments
-from runner.potentials.components import BesselBasis, cosine_cutoff
+from runner.potentials.components import (
+    BesselBasis,
+    GaussianBasis,
+    ShiftedSoftplus,
+    cosine_cutoff,
+)
 from runner.structures import Structures, concatenate
 
 CUTOFF = 4.0
@@ -126,7 +131,8 @@ def test_energy_and_forces_are_continuous_across_the_cutoff(potential: Potential
 
     step = 1e-4
     inside, outside = at(CUTOFF - step), at(CUTOFF + step)
-    assert inside[0] == pytest.approx(outside[0], abs=1e-6)
+    work = step * (inside[1] + outside[1])  # against the second atom, which stays within
+    assert inside[0] - outside[0] == pytest.approx(work, abs=1e-8)
     assert inside[1] == pytest.approx(outside[1], abs=1e-2 * step**0.5)
     assert abs(at(CUTOFF - 1.0)[1]) > 1e-4  # the third atom does interact inside the cutoff
 
@@ -305,6 +311,22 @@ def test_the_bessel_basis_vanishes_at_the_cutoff_and_equals_its_formula() -> Non
     ]
     assert basis(distance).numpy() == pytest.approx(np.array(expected), abs=1e-6)
     assert basis(distance)[-1].abs().max() < 1e-6
+
+
+def test_the_gaussian_basis_is_the_published_one_at_its_spacing() -> None:
+    basis = GaussianBasis(31, 3.0).double()
+    distance = torch.linspace(0.0, 3.0, 7, dtype=torch.float64)
+    expected = np.exp(-10.0 * (distance.numpy()[:, None] - np.arange(31) / 10) ** 2)
+    assert basis(distance).numpy() == pytest.approx(expected, abs=1e-6)
+    assert GaussianBasis(1, 3.0)(torch.zeros(2)).tolist() == [[1.0], [1.0]]
+
+
+def test_the_shifted_softplus_equals_its_formula_and_has_two_slopes() -> None:
+    x = torch.linspace(-30, 30, 13, dtype=torch.float64, requires_grad=True)
+    values = ShiftedSoftplus()(x)
+    expected = np.log(0.5 * np.exp(x.detach().numpy()) + 0.5)
+    assert values.detach().numpy() == pytest.approx(expected, abs=1e-8)
+    assert torch.autograd.gradgradcheck(ShiftedSoftplus(), (x[4:9].detach().requires_grad_(),))
 
 
 def test_the_cutoff_function_and_its_slope_vanish_at_the_cutoff() -> None:

@@ -308,7 +308,15 @@ def test_the_schema_is_valid_and_knows_every_section() -> None:
     assert result.exit_code == 0
     schema = json.loads(result.stdout)
     assert set(schema["properties"]) == {"prepare", "train", "extends"}
-    for name in ("SourceConfig", "SplitConfig", "FilterConfig", "SelfEnergiesConfig", "LossConfig"):
+    for name in (
+        "SourceConfig",
+        "SplitConfig",
+        "FilterConfig",
+        "SelfEnergiesConfig",
+        "LossConfig",
+        "PaiNNConfig",
+        "SchNetConfig",
+    ):
         assert schema["$defs"][name]["additionalProperties"] is False
     assert CliRunner().invoke(app, ["schema", "--reference"]).stdout.strip() == (
         reference().strip()

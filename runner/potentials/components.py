@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from runner.batches import Batch
+
+N_ELEMENTS = 119  # rows of a table by atomic number
 
 
 def pair_vectors(
@@ -47,6 +50,45 @@ class BesselBasis(nn.Module):
         return torch.sin(r * self.frequencies) / r
 
 
+class GaussianBasis(nn.Module):
+    r"""Radial basis :math:`\exp(-\gamma (r - \mu_k)^2)`, with centres evenly from 0 to the cutoff.
+
+    γ = 0.1/Δ² where Δ is the distance of two centres: neighbours overlap as they do with the
+    published γ = 10 Å⁻² and Δ = 0.1 Å, however many functions there are.
+
+    Source:
+        Schütt et al., J. Chem. Phys. 148, 241722 (2018), doi:10.1063/1.5019779, on the filter-
+        generating networks; the values of γ and Δ are in their arXiv:1706.08566, section 4.1.
+    """
+
+    centers: Tensor
+    gamma: Tensor
+
+    def __init__(self, size: int, cutoff: float) -> None:
+        """Make `size` functions between 0 and `cutoff`, Å."""
+        super().__init__()
+        spacing = cutoff / max(size - 1, 1)
+        self.register_buffer("centers", torch.linspace(0.0, cutoff, size), persistent=False)
+        self.register_buffer("gamma", torch.tensor(0.1 / spacing**2), persistent=False)
+
+    def forward(self, distance: Float[Tensor, " n_pairs"]) -> Float[Tensor, "n_pairs size"]:
+        """Values, between 0 and 1, at each distance, Å."""
+        return torch.exp(-self.gamma * (distance.unsqueeze(-1) - self.centers) ** 2)
+
+
+class ShiftedSoftplus(nn.Module):
+    r"""Activation :math:`\ln(½ e^x + ½)`: zero at zero, smooth, linear far above.
+
+    Source:
+        Schütt et al., J. Chem. Phys. 148, 241722 (2018), doi:10.1063/1.5019779; arXiv:1706.08566,
+        section 4.1.
+    """
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The same shape, element by element."""
+        return nn.functional.softplus(x) - math.log(2.0)
+
+
 def cosine_cutoff(distance: Float[Tensor, " n_pairs"], cutoff: float) -> Float[Tensor, " n_pairs"]:
     r"""½ (cos(πr/r_c) + 1): value and slope vanish at the cutoff.
 
@@ -57,12 +99,18 @@ def cosine_cutoff(distance: Float[Tensor, " n_pairs"], cutoff: float) -> Float[T
     return torch.where(inside, 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1.0), 0.0)
 
 
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers of these sizes with SiLU between them."""
+def linear(size_in: int, size_out: int, *, bias: bool = True) -> nn.Linear:
+    """A linear layer with Glorot's uniform weights and no bias to begin with."""
+    layer = nn.Linear(size_in, size_out, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.SiLU) -> nn.Sequential:
+    """Linear layers of these sizes with an activation between them."""
     layers: list[nn.Module] = []
     for size_in, size_out in itertools.pairwise(sizes):
-        linear = nn.Linear(size_in, size_out)
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.SiLU()]
+        layers += [linear(size_in, size_out), activation()]
     return nn.Sequential(*layers[:-1])

@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from runner.batches import Batch
 from runner.config import PaiNNConfig
-from runner.potentials.components import BesselBasis, cosine_cutoff, mlp, pair_vectors
+from runner.potentials.components import (
+    N_ELEMENTS,
+    BesselBasis,
+    cosine_cutoff,
+    mlp,
+    pair_vectors,
+)
 
-N_ELEMENTS = 119
 EPSILON = 1e-8  # under the root of a vector's norm, which keeps its slope finite at zero
 
 
