@@ -588,8 +588,21 @@ class PaiNNConfig(ArchitectureConfig):
     """Radial basis functions."""
 
 
-ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig,)
-PotentialConfig = PaiNNConfig
+class TensorNetConfig(ArchitectureConfig):
+    """Hyperparameters of TensorNet, see `runner.potentials.tensornet`; unless given, those that its
+    authors publish for rMD17."""
+
+    name: Literal["tensornet"]
+    features: Count = 128
+    """3 × 3 matrices of an atom (channels); 256 is published for QM9."""
+    interactions: Count = 2
+    """Interaction layers; 3 is published for QM9."""
+    radial_basis: Count = 32
+    """Radial basis functions; 64 is published for QM9."""
+
+
+ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig, TensorNetConfig)
+PotentialConfig = Annotated[PaiNNConfig | TensorNetConfig, Field(discriminator="name")]
 
 
 def potential_config(table: Mapping[str, Any]) -> ArchitectureConfig:

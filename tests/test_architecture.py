@@ -52,6 +52,7 @@ FLOORS: dict[str, int] = {
     "runner.potentials": 2,
     "runner.potentials.components": 2,
     "runner.potentials.painn": 2,
+    "runner.potentials.tensornet": 2,
     "runner.datamodule": 3,
     "runner.training": 3,
     "runner.experiment": 3,

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from runner.batches import Batch
 from runner.config import ArchitectureConfig
 from runner.potentials.painn import PaiNN
+from runner.potentials.tensornet import TensorNet
 
-POTENTIALS: dict[str, Callable[[Any, Collection[str]], nn.Module]] = {"painn": PaiNN}
+POTENTIALS: dict[str, Callable[[Any, Collection[str]], nn.Module]] = {
+    "painn": PaiNN,
+    "tensornet": TensorNet,
+}
 
 FROM_CHARGES = frozenset({"charges", "total_charge", "dipole"})
 
