@@ -602,8 +602,23 @@ class SchNetConfig(ArchitectureConfig):
     about every 0.1 Å, as published."""
 
 
-ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig, SchNetConfig)
-PotentialConfig = Annotated[PaiNNConfig | SchNetConfig, Field(discriminator="name")]
+class TensorNetConfig(ArchitectureConfig):
+    """Hyperparameters of TensorNet, see `runner.potentials.tensornet`; unless given, those that its
+    authors publish for rMD17."""
+
+    name: Literal["tensornet"]
+    features: Count = 128
+    """3 × 3 matrices of an atom (channels); 256 is published for QM9."""
+    interactions: Count = 2
+    """Interaction layers; 3 is published for QM9."""
+    radial_basis: Count = 32
+    """Radial basis functions; 64 is published for QM9."""
+
+
+ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig, SchNetConfig, TensorNetConfig)
+PotentialConfig = Annotated[
+    PaiNNConfig | SchNetConfig | TensorNetConfig, Field(discriminator="name")
+]
 
 
 def potential_config(table: Mapping[str, Any]) -> ArchitectureConfig:

@@ -54,6 +54,7 @@ FLOORS: dict[str, int] = {
     "runner.potentials.components": 2,
     "runner.potentials.painn": 2,
     "runner.potentials.schnet": 2,
+    "runner.potentials.tensornet": 2,
     "runner.datamodule": 3,
     "runner.training": 3,
     "runner.experiment": 3,

@@ -14,10 +14,12 @@ from runner.batches import Batch
 from runner.config import ArchitectureConfig
 from runner.potentials.painn import PaiNN
 from runner.potentials.schnet import SchNet
+from runner.potentials.tensornet import TensorNet
 
 POTENTIALS: dict[str, Callable[[Any, Collection[str]], nn.Module]] = {
     "painn": PaiNN,
     "schnet": SchNet,
+    "tensornet": TensorNet,
 }
 
 FROM_CHARGES = frozenset({"charges", "total_charge", "dipole"})

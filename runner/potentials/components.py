@@ -89,6 +89,34 @@ class ShiftedSoftplus(nn.Module):
         return nn.functional.softplus(x) - math.log(2.0)
 
 
+class ExpNormalBasis(nn.Module):
+    r"""Radial basis :math:`\exp(-\beta\,(e^{-5r/r_c} - \mu_n)^2)`, n = 1 … N.
+
+    The :math:`\mu_n` lie evenly between :math:`e^{-r_c}` and 1, r_c in Å, and
+    :math:`\beta = (2(1 - e^{-r_c})/N)^{-2}`. A cutoff function is not part of it.
+
+    Source:
+        Unke and Meuwly, J. Chem. Theory Comput. 15, 3678 (2019), doi:10.1021/acs.jctc.9b00181,
+        eq. 7, with distances stretched by 5/r_c (there in 1/Bohr, and not stretched) and with
+        fixed parameters, as torchmd-net has it.
+    """
+
+    centres: Tensor
+
+    def __init__(self, size: int, cutoff: float) -> None:
+        """Make `size` functions for distances up to `cutoff`, Å."""
+        super().__init__()
+        start = math.exp(-cutoff)
+        self.stretch = 5.0 / cutoff
+        self.sharpness = (2.0 / size * (1.0 - start)) ** -2
+        self.register_buffer("centres", torch.linspace(start, 1.0, size), persistent=False)
+
+    def forward(self, distance: Float[Tensor, " n_pairs"]) -> Float[Tensor, "n_pairs size"]:
+        """Values at each distance, Å."""
+        closeness = torch.exp(-self.stretch * distance).unsqueeze(-1)
+        return torch.exp(-self.sharpness * (closeness - self.centres) ** 2)
+
+
 def cosine_cutoff(distance: Float[Tensor, " n_pairs"], cutoff: float) -> Float[Tensor, " n_pairs"]:
     r"""½ (cos(πr/r_c) + 1): value and slope vanish at the cutoff.
 
