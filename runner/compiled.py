@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,12 @@ from runner.losses import Loss, Sum
 from runner.potentials import Potential
 
 TOLERANCE = 1e-3
-# where Inductor of torch 2.13 reorders operations to save memory, some read what is not yet written
-OPTIONS = {"reorder_for_peak_memory": False}
+# where Inductor of torch 2.13 reorders operations to save memory, or fuses them, some read what is
+# not yet written; the step is checked, and compiled with fewer liberties if it is wrong
+LIBERTIES: list[dict[str, Any]] = [
+    {"reorder_for_peak_memory": False},
+    {"reorder_for_peak_memory": False, "max_fusion_size": 1},
+]
 GENERAL_FROM = 2  # sizes of 0 and 1 are special to a compiler
 
 
@@ -108,8 +112,18 @@ class CompiledStep:
         factors = batch.positions.new_tensor([weights[name] for name in sorted(weights)])
         state = [p.detach() for p in self._parameters.values()] + list(self._buffers.values())
         if self._function is None:
-            self._function = self._compile(state, factors, tensors, batch, sorted(weights))
-            self._check(batch, weights)
+            graph, inputs = self._trace(state, factors, tensors, batch, sorted(weights))
+            for options in LIBERTIES:
+                self._function = _compiled(graph, inputs, options)
+                wrong = self._compare(batch, weights)
+                if not wrong:
+                    break
+            else:
+                raise RunError(
+                    f"the compiled step does not give what the step itself does: {wrong}",
+                    where="train.compile = true",
+                    remedy="set it to false; another version of torch may help",
+                )
         with torch.no_grad():
             found = list(self._function(*state, factors, *tensors.values()))
         assert self._layout is not None
@@ -120,14 +134,15 @@ class CompiledStep:
             prediction,
         )
 
-    def _compile(
+    def _trace(
         self,
         state: Sequence[Tensor],
         factors: Tensor,
         tensors: Mapping[str, Tensor],
         batch: Batch,
         terms: Sequence[str],
-    ) -> Any:
+    ) -> tuple[Any, list[Tensor]]:
+        """The step as a graph of operations, and stand-ins for what it takes."""
         mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
         inputs: list[Tensor] = [mode.from_tensor(t, static_shapes=True) for t in (*state, factors)]
         inputs += [_symbolic(mode, name, tensor) for name, tensor in tensors.items()]
@@ -147,27 +162,11 @@ class CompiledStep:
             self._layout = _Layout(list(result.sums), list(result.prediction))
             return [tensor.detach() for tensor in self._layout.pack(result, gradients)]
 
-        try:
-            return self._traced(function, inputs)
-        except Exception as error:  # compilers fail in many ways
-            raise RunError(
-                f"the training step cannot be compiled: {str(error).strip().splitlines()[0]}",
-                where="train.compile = true",
-                remedy="set it to false; on a CPU a C++ compiler such as g++ is needed",
-            ) from error
+        with _shapes_unchecked():
+            return make_fx(function, tracing_mode="symbolic")(*inputs), inputs
 
-    def _traced(self, function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Any:
-        with _shapes_unchecked(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of torch about itself
-            from torch._inductor import config  # takes a second to import
-            from torch._inductor.compile_fx import compile_fx
-
-            graph = make_fx(function, tracing_mode="symbolic")(*inputs)
-            with torch.no_grad(), config.patch(OPTIONS):
-                return compile_fx(graph, list(inputs))
-
-    def _check(self, batch: Batch, weights: Mapping[str, float]) -> None:
-        """See that the compiled step gives what the eager one does, on one batch."""
+    def _compare(self, batch: Batch, weights: Mapping[str, float]) -> str:
+        """How the compiled step differs from the eager one on a batch; empty if it does not."""
         parameters = list(self._parameters.values())
         totals, gradients = [], []
         for step in (self, self.step):
@@ -178,14 +177,34 @@ class CompiledStep:
             gradients.append([torch.zeros_like(p) if g is None else g for p, g in given])
         largest = max(float(g.abs().max()) for g in gradients[1])
         off = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
-        if off > TOLERANCE * largest or abs(totals[0] - totals[1]) > TOLERANCE * abs(totals[1]):
+        if off <= TOLERANCE * largest and abs(totals[0] - totals[1]) <= TOLERANCE * abs(totals[1]):
+            return ""
+        return (
+            f"its loss is {totals[0]:.6g} instead of {totals[1]:.6g}, its gradients are off by "
+            f"{off / largest:.2g} of the largest"
+        )
+
+
+def _compiled(graph: Any, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> Any:
+    """A graph as a program.
+
+    Raises:
+        RunError: there is no compiler, or it fails.
+    """
+    with _shapes_unchecked(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch about itself
+        from torch._inductor import config  # takes a second to import
+        from torch._inductor.compile_fx import compile_fx
+
+        try:
+            with torch.no_grad(), config.patch(dict(options)):
+                return compile_fx(graph, list(inputs))
+        except Exception as error:  # compilers fail in many ways
             raise RunError(
-                "the compiled step does not give what the step itself does: its loss is "
-                f"{totals[0]:.6g} instead of {totals[1]:.6g}, its gradients are off by "
-                f"{off / largest:.2g} of the largest",
+                f"the training step cannot be compiled: {str(error).strip().splitlines()[0]}",
                 where="train.compile = true",
-                remedy="set it to false; another version of torch may help",
-            )
+                remedy="set it to false; on a CPU a C++ compiler such as g++ is needed",
+            ) from error
 
 
 @dataclass(frozen=True)

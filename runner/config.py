@@ -780,7 +780,7 @@ class TrainerConfig(Section):
 class TrainConfig(Section):
     """`[train]`: what is trained, on what, how."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the weights and of the order of the batches."""
     epochs: Count = 100
     """Passes over the training split, at most."""

@@ -60,7 +60,7 @@ class PreparedDataModule(lightning.LightningDataModule):
             say: is told where the data is.
 
         Raises:
-            DatasetError: a structure is larger than a batch, or there are fewer than asked for.
+            DatasetError: there are fewer training structures than asked for.
         """
         super().__init__()
         self.dataset, self.batch, self.cutoff, self.seed = dataset, batch, cutoff, seed
@@ -77,7 +77,14 @@ class PreparedDataModule(lightning.LightningDataModule):
         return self._loaders[split]
 
     def train_dataloader(self) -> BatchLoader:
-        """Shuffled by seed and epoch."""
+        """Shuffled by seed and epoch.
+
+        Raises:
+            DatasetError: a structure of any split is larger than a batch, or weights name what is
+                not there.
+        """
+        for split in SPLITS:  # what is wrong with any of them should be said before a training
+            self.loader(split)
         loader = self.loader("train")
         if self.trainer is not None:  # Lightning asks for the length before it says which epoch
             loader.set_epoch(self.trainer.current_epoch)

@@ -117,7 +117,8 @@ class EpochOrder:
         self.block = block or max(n_structures, 1)
         self._weights: np.ndarray | None = None
         if weights is not None:
-            shares = weights / weights.mean() * WHOLE
+            relative = weights / weights.max()  # sums of what is huge may overflow
+            shares = relative / relative.mean() * WHOLE
             self._weights = shares.round().astype(np.int64)
         self._n_batches: tuple[int, int] | None = None  # (epoch, its batches)
 

@@ -67,7 +67,7 @@ class PerStructureSquaredError(nn.Module):
     def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
         """Σ_s ℓ_s over the structures that have the label, and their number."""
         difference = prediction[self.name] - batch.labels[self.name]
-        components = difference.reshape(batch.n_structures, -1)
+        components = _rows(difference)
         if self.per_atom:
             components = components / batch.n_atoms.unsqueeze(-1)
         mask = batch.labelled.get(self.name)
@@ -92,7 +92,7 @@ class PerAtomToStructureSquaredError(nn.Module):
     def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
         """Σ_s ℓ_s over the structures that have the label, and their number."""
         difference = prediction[self.name] - batch.labels[self.name]
-        components = difference.reshape(batch.structure.shape[0], -1)
+        components = _rows(difference)
         mask = batch.labelled.get(self.name)
         atom_mask = None if mask is None else mask[batch.structure]
         components = _masked(components, atom_mask)
@@ -155,6 +155,11 @@ class Loss(nn.Module):
         """Every term unweighted, by name, and their weighted sum as `total_loss`."""
         means = {name: term.mean for name, term in self.sums(prediction, batch).items()}
         return means | {"total_loss": self.total(means, epoch)}
+
+
+def _rows(difference: Float[Tensor, "n ..."]) -> Float[Tensor, "n components"]:
+    """A row of components for each structure or atom, of which there may be none."""
+    return difference.flatten(1) if difference.dim() > 1 else difference.unsqueeze(-1)
 
 
 def _masked(

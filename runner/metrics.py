@@ -105,7 +105,8 @@ class SplitMetrics(nn.Module):
         means = {name: self.losses[name].compute()[f"loss/{name}"] for name in self.losses}
         means = {name: mean for name, mean in means.items() if self._was_labelled(name)}
         values = {f"loss/{name}": mean for name, mean in means.items()}
-        values["loss/total_loss"] = loss.total(means, epoch)
+        if means:
+            values["loss/total_loss"] = loss.total(means, epoch)
         for collection in self.errors.values():
             if any(metric.update_called for metric in collection.values()):
                 values |= collection.compute()

@@ -14,6 +14,7 @@ from runner.errors import DatasetError
 
 ALL_PAIRS_UP_TO = 256  # atoms of a molecule; for larger ones a cell list is faster
 AT_ONCE = 1 << 15  # distances, so that they stay in the processor's cache
+SMALLEST_GRAM = 1e-12  # of unit vectors; zero if they are linearly dependent
 FURTHEST_IMAGE = 127  # cells; what an int8 holds
 
 
@@ -57,7 +58,8 @@ def find_neighbors(
         Lists in which an atom is its own neighbour only as an image.
 
     Raises:
-        DatasetError: the cutoff reaches further than 127 cells.
+        DatasetError: vectors along which a structure is periodic are zero or linearly dependent;
+            a neighbour is more than 127 cells away.
     """
     sizes = np.diff(first_atom)
     periodic = np.zeros(len(sizes), bool)
@@ -83,14 +85,14 @@ def find_neighbors(
         box, repeats = np.zeros((3, 3)), np.zeros(3, bool)
         if periodic[s] and cell is not None and pbc is not None:
             repeats = pbc[s]
-            box = complete_cell(np.where(repeats[:, None], cell[s], 0.0))
+            box = _box(cell[s], repeats, positions[rows], cutoff, s)
         i, j, images = search.compute(
             points=positions[rows], box=box, periodic=repeats.tolist(), quantities="ijS"
         )
         counts[rows] = np.bincount(i.astype(np.int64), minlength=sizes[s])
         neighbors[s] = j.astype(np.int32)
         if shifts is not None:
-            shifts[s] = _as_int8(images, box, cutoff)
+            shifts[s] = _as_int8(images, cutoff, s)
     return NeighborLists(
         counts,
         np.concatenate(neighbors) if neighbors else np.empty(0, np.int32),
@@ -128,12 +130,34 @@ def _all_pairs(
     return atoms, per_atom, (np.flatnonzero(near) % max(width, 1)).astype(np.int32)
 
 
-def _as_int8(shifts: np.ndarray, cell: np.ndarray, cutoff: float) -> np.ndarray:
+def _box(
+    cell: np.ndarray, repeats: np.ndarray, positions: np.ndarray, cutoff: float, number: int
+) -> np.ndarray:
+    """The cell with vectors that hold all atoms where it is not periodic."""
+    periodic = cell[repeats]
+    lengths = np.linalg.norm(periodic, axis=1)
+    real = bool(np.isfinite(periodic).all() and (lengths > 0).all())
+    if real:
+        units = periodic / lengths[:, None]
+        real = bool(np.linalg.det(units @ units.T) > SMALLEST_GRAM)
+    if not real:
+        raise DatasetError(
+            "a structure is periodic along vectors that are zero or linearly dependent: "
+            f"{periodic.tolist()} Å",
+            where=f"structure {number} (counted from 0)",
+            remedy="give its cell, or pbc = False for a molecule",
+        )
+    box: np.ndarray = complete_cell(np.where(repeats[:, None], cell, 0.0))
+    extent = np.ptp(positions @ np.linalg.inv(box), axis=0) + 2 * cutoff
+    return np.where(repeats[:, None], box, box * extent[:, None])
+
+
+def _as_int8(shifts: np.ndarray, cutoff: float, number: int) -> np.ndarray:
     if shifts.size and np.abs(shifts).max() > FURTHEST_IMAGE:
         raise DatasetError(
-            f"a cutoff of {cutoff:g} Å reaches over more than {FURTHEST_IMAGE} images of a cell "
-            f"with the vectors {cell.round(3).tolist()} Å",
-            where="train.potential.cutoff",
-            remedy="lower it, or repeat the cell in the data",
+            f"a neighbour within {cutoff:g} Å is more than {FURTHEST_IMAGE} cells away",
+            where=f"structure {number} (counted from 0)",
+            remedy="wrap the positions into the cell; if the cell is tiny, repeat it, or lower "
+            "train.potential.cutoff",
         )
     return shifts.astype(np.int8)

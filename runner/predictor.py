@@ -11,7 +11,7 @@ import torch
 
 from runner.batches import make_batch
 from runner.config import TrainConfig, potential_config
-from runner.errors import RunError
+from runner.errors import InputError, RunError
 from runner.fields import LABELS
 from runner.potentials import Potential, build_potential
 from runner.self_energies import (
@@ -107,9 +107,20 @@ class Predictor:
             float64 arrays by name, as `runner.fields` shapes them; `energy` is absolute, eV.
 
         Raises:
+            InputError: there are no atoms, or some of them are nowhere.
             SelfEnergyError: an element, or a composition, that the training data says nothing
                 about.
         """
+        where_finite = [
+            structures.atoms["positions"],
+            structures.structures.get("cell", np.zeros(1)),
+        ]
+        if not structures.n_atoms or not all(np.isfinite(array).all() for array in where_finite):
+            raise InputError(
+                "there are no atoms" if not structures.n_atoms else "positions are not finite",
+                where=where,
+                remedy="look at what moved them: a dynamics that has exploded, for example",
+            )
         elements, composition = compositions(
             structures.first_atom, structures.atoms["atomic_numbers"]
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -24,7 +27,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from runner import plots
-from runner.config import Config, DataConfig, TrainConfig
+from runner.config import BatchConfig, Config, DataConfig, TrainConfig
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError, RunError
 from runner.experiment import RunDirectory
@@ -51,19 +54,38 @@ def train(
     dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir))
     _check_data(settings, dataset)
     run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
-    with terminal.log_to(run.path / "log.txt"):
+    with terminal.log_to(run.path / "log.txt"), _terminable():
         terminal.say(f"run {run.path}", f"dataset {dataset.path}")
         try:
             result = _train(settings, dataset, run, terminal)
         except KeyboardInterrupt:
             run.finish("interrupted")
-            terminal.say(f"stopped early; the weights so far are in {run.path / 'checkpoints'}")
+            saved = any((run.path / "checkpoints").iterdir())
+            kept = f"; the weights so far are in {run.path / 'checkpoints'}" if saved else ""
+            terminal.say(f"stopped early{kept}")
             raise
         except BaseException:
             run.finish("failed")
             raise
     run.finish("finished")
     return result | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def require_train(config: Config, config_file: Path) -> TrainConfig:
@@ -99,7 +121,14 @@ def _train(
     terminal.say(f"potential {config.potential.name}, {weights} weights")
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
     module = Training(potential, config, passport(config, dataset), incomplete)
-    trainer = _trainer(config, run, terminal)
+    try:
+        trainer = _trainer(config, run, terminal)
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(
+            f"Lightning refuses the trainer: {error}",
+            where="train.trainer",
+            remedy='accelerator = "auto" and strategy = "auto" work everywhere',
+        ) from None
     _fit(trainer, module, data)
     best = _best_epoch(run.path)
     test = _test(trainer, module, data, run, terminal)
@@ -221,15 +250,20 @@ def _early_stopping(config: TrainConfig) -> list[Callback]:
 
 
 def _fit(trainer: lightning.Trainer, module: Training, data: PreparedDataModule) -> None:
+    with _quiet(), _ends_clearly(trainer, module.config.batch):
+        trainer.fit(module, datamodule=data)
+
+
+@contextlib.contextmanager
+def _ends_clearly(trainer: lightning.Trainer, size: BatchConfig) -> Iterator[None]:
+    """Say what to do where memory runs out, and let an interruption be one."""
     try:
-        with _quiet():
-            trainer.fit(module, datamodule=data)
+        yield
     except SystemExit:  # how Lightning ends after Ctrl-C
         raise KeyboardInterrupt from None
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        size = module.config.batch
         raise RunError(
             f"out of memory in epoch {trainer.current_epoch}: {str(error).splitlines()[0]}",
             where=f"train.batch.{size.unit} = {size.limit}",
@@ -299,7 +333,8 @@ class EpochLines(Logger):
         """Say what an epoch came to; the test has a table of its own."""
         if MONITOR not in metrics:
             return
-        errors = [f"{name} {metrics[f'val/{key}']:.4g}" for name, key in _headline(self.config)]
+        headline = [(name, f"val/{key}") for name, key in _headline(self.config)]
+        errors = [f"{name} {metrics[key]:.4g}" for name, key in headline if key in metrics]
         now = time.perf_counter()
         self.say(
             f"epoch {metrics['epoch'] + 1}/{self.config.epochs}  "
@@ -351,7 +386,7 @@ def _test(
         return {}
     best = Predictor.load(run.path).potential.to(module.device)
     module.potential.load_state_dict(best.state_dict())
-    with _quiet():
+    with _quiet(), _ends_clearly(trainer, module.config.batch):
         trainer.test(module, datamodule=data, verbose=False)
     errors = {
         name.removeprefix("test/"): value

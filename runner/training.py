@@ -116,6 +116,12 @@ class Training(lightning.LightningModule):
         epoch = self.current_epoch if split == "train" else self.config.epochs - 1
         values = metrics.compute(self.loss, epoch)
         metrics.reset()
+        if f"{split}/loss/total_loss" not in values and split != "test":
+            raise RunError(
+                f"no structure of the {split} split has {' or '.join(self.config.loss.terms)}",
+                where=f"prepare.split.{split}",
+                remedy="choose the splits so that each has what train.loss asks for",
+            )
         self._refuse_non_finite(values, split)
         self.log_dict(values, logger=False)
         self.latest[split] = values

@@ -15,7 +15,7 @@ from molecules import SELF_ENERGIES, springs, write_experiment
 from runner.batches import make_batch
 from runner.calculator import NNPCalculator
 from runner.config import load_config
-from runner.errors import RunError, SelfEnergyError
+from runner.errors import InputError, RunError, SelfEnergyError
 from runner.predictor import Predictor
 from runner.prepare import prepare
 from runner.terminal import Terminal
@@ -118,3 +118,14 @@ def test_without_charges_the_calculator_offers_none(tmp_path: Path) -> None:
         "forces",
         "stress",
     ]
+
+
+def test_atoms_that_are_nowhere_have_no_energy(run: Path) -> None:
+    atoms = _atoms()
+    atoms.positions[1] = np.nan
+    atoms.calc = NNPCalculator(run)
+    with pytest.raises(InputError, match=r"positions are not finite(.|\n)*OCH2"):
+        atoms.get_potential_energy()
+    nothing = Atoms(calculator=NNPCalculator(run))
+    with pytest.raises(InputError, match="there are no atoms"):
+        nothing.get_potential_energy()

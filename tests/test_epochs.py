@@ -169,3 +169,8 @@ def test_a_batch_may_be_larger_than_a_window() -> None:
     batches = _batches(order, 0)
     assert [len(batch) for batch in batches] == [45, 45, 10]
     assert sorted(np.concatenate(batches)) == list(range(100))
+
+
+def test_huge_weights_are_relative_too() -> None:
+    order = EpochOrder(10, Budget("structures", 5), seed=0, weights=np.full(10, 1e308))
+    assert sorted(np.concatenate(_batches(order, 0))) == list(range(10))

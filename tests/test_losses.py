@@ -156,3 +156,12 @@ def test_sums_of_unequal_batches_give_the_mean_over_all_structures() -> None:
 
 def test_the_table_of_losses_equals_what_the_config_allows() -> None:
     assert set(LOSSES) == set(LossConfig.model_fields)
+
+
+def test_a_batch_of_no_structure_costs_nothing() -> None:
+    structures = random_structures([2, 3])
+    batch = make_batch(structures, 5.0, torch.float64).none()
+    prediction = {name: label + 1 for name, label in batch.labels.items()}
+    terms: dict[str, dict[str, object]] = {name: {} for name in batch.labels}
+    values = Loss(LossConfig.model_validate(terms))(prediction, batch)
+    assert {name: value.item() for name, value in values.items()} == dict.fromkeys(values, 0.0)

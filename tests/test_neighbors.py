@@ -80,6 +80,7 @@ def test_any_cell_has_ases_pairs(
 ) -> None:
     """Triclinic, partial, left-handed, smaller than the cutoff, atoms outside."""
     rng = np.random.default_rng(seed)
+    cutoff += 1.2345e-7  # not the length of a vector to the last bit
     cell = size * (np.eye(3)[rng.permutation(3)] + skew * rng.uniform(-0.5, 0.5, (3, 3)))
     if zeros:
         cell[~np.array(pbc)] = 0
@@ -119,7 +120,9 @@ def test_more_images_than_can_be_counted_are_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(neighbors, "FURTHEST_IMAGE", 3)
     cell, pbc = np.eye(3)[None], np.array([[True, False, False]])
     find_neighbors(np.zeros((1, 3)), np.array([0, 1]), 3.5, cell, pbc)
-    with pytest.raises(DatasetError, match=r"a cutoff of 4\.5 Å reaches over more than 3 images"):
+    with pytest.raises(
+        DatasetError, match=r"within 4\.5 Å is more than 3 cells away(.|\n)*structure 0"
+    ):
         find_neighbors(np.zeros((1, 3)), np.array([0, 1]), 4.5, cell, pbc)
 
 
@@ -153,3 +156,26 @@ def test_real_data_has_ases_pairs(name: str, most: int, cutoff: float) -> None:
             atoms.set_cell(arrays["cell"][s])
             atoms.set_pbc(arrays["pbc"][s])
         assert sorted(pairs) == _ase(atoms, cutoff)
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        [[0, 0, 0], [0, 4, 0], [0, 0, 4]],
+        [[4, 0, 0], [4, 0, 0], [0, 0, 4]],
+        [[np.nan, 0, 0], [0, 4, 0], [0, 0, 4]],
+    ],
+)
+def test_cells_that_are_none_are_refused_by_number(vectors: list[list[float]]) -> None:
+    cell, pbc = np.array([np.eye(3) * 9, vectors]), np.array([[True] * 3, [True, True, False]])
+    with pytest.raises(DatasetError, match=r"zero or linearly dependent(.|\n)*structure 1 \("):
+        find_neighbors(np.zeros((2, 3)), np.array([0, 1, 2]), 4.0, cell, pbc)
+
+
+def test_an_atom_far_away_from_a_wire_is_no_burden() -> None:
+    rng = np.random.default_rng(0)
+    positions = np.concatenate([rng.uniform(0, 10, (30, 3)), [[1e3, 1e3, 1e3]]])
+    cell, pbc = np.diag([10.0, 1, 1])[None], np.array([[True, False, False]])
+    (pairs,) = _found(positions, np.array([0, 31]), 4.0, cell, pbc)
+    expected = _ase(Atoms("H30", positions[:30], cell=[10, 0, 0], pbc=[True, False, False]), 4.0)
+    assert sorted(p for p in pairs if 30 not in p[:2]) == expected

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -280,7 +282,6 @@ def test_every_epoch_says_how_long_it_waited_for_data(
     log = (Path(result["run"]) / "log.txt").read_text()
     assert log.count("% waiting for data") == 3
     assert "data in memory, " in log
-    assert "advice" not in log
     make = Stock.make
 
     def slow(self: Stock, draw: Draw) -> Batch:
@@ -434,3 +435,54 @@ def test_data_that_does_not_fit_where_it_is_asked_to_be_is_refused(
     text = r'and 1e-06 GB are free(.|\n)*residence = "memory"(.|\n)*set it to "auto" or "stream"'
     with pytest.raises(DatasetError, match=text):
         _run(write_experiment(tmp_path), "train.data.residence=memory")
+
+
+def test_what_is_wrong_with_the_test_split_is_said_before_training(tmp_path: Path) -> None:
+    data = springs(n=60)
+    config_file = write_experiment(tmp_path, data)
+    write_extxyz(tmp_path / "test.extxyz", random_structures([12]))
+    text = config_file.read_text().replace('path = "data.extxyz"', 'path = "data.extxyz"\n')
+    source = text[text.index("[[prepare.source]]") : text.index("[train]")]
+    other = source.replace("data.extxyz", "test.extxyz") + 'split = "test"\n'
+    config_file.write_text(text.replace("[train]\n", other + "[train]\n", 1))
+    with pytest.raises(DatasetError, match=r"of the test split has 12 atoms, more than a batch"):
+        _run(config_file, "train.batch={atoms = 10}")
+    assert not list((tmp_path / "runs" / "latest" / "checkpoints").glob("best.ckpt"))
+
+
+def test_a_validation_split_without_labels_is_named(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    write_extxyz(tmp_path / "val.extxyz", springs(seed=3, n=4))
+    text = config_file.read_text()
+    text = text.replace("[train]\n", '[[prepare.source]]\npath = "val.extxyz"\nsplit = "val"\n'
+        'total_charge = { key = "total_charge" }\n[train]\n', 1)  # fmt: skip
+    text = text.replace(
+        "[train]\n", "[prepare.split]\ntrain = 0.9\nval = 0\ntest = 0.1\n[train]\n", 1
+    )
+    config_file.write_text(text)
+    with pytest.raises(RunError, match="no structure of the val split has energy or forces or dip"):
+        _run(config_file)
+
+
+def test_a_trainer_that_lightning_refuses_is_an_error_of_the_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Lightning refuses the trainer(.|\n)*train.trainer"):
+        _run(write_experiment(tmp_path), "train.trainer.accelerator=foo")
+    with pytest.raises(ConfigError, match=r"train.seed(.|\n)*less than 4294967296"):
+        _run(write_experiment(tmp_path), "train.seed=99999999999")
+
+
+@pytest.mark.parametrize("step", ["training_step", "test_step", "configure_optimizers"])
+def test_sigterm_ends_a_run_as_ctrl_c_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def terminated(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr(Training, step, terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        _run(write_experiment(tmp_path), "train.epochs=1")
+    manifest = json.loads((tmp_path / "runs" / "latest" / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) == before
