@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from runner.batches import Batch
 from runner.errors import RunError
-from runner.losses import Loss, Sum
+from runner.losses import Loss, Sum, over_processes
 from runner.potentials import Potential
 
 TOLERANCE = 1e-3
@@ -78,7 +78,8 @@ class Step:
     ) -> StepResult:
         """What a prediction costs."""
         sums = self.loss.sums(prediction, batch)
-        total = self.loss.weighted({name: s.mean for name, s in sums.items()}, weights)
+        parts = over_processes(sums) if self.potential.training else sums
+        total = self.loss.weighted({name: s.mean for name, s in parts.items()}, weights)
         return StepResult(total, sums, prediction)
 
 
@@ -101,7 +102,12 @@ class CompiledStep:
         self._layout: _Layout | None = None
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the batch is of general size: two structures, atoms and pairs at least."""
+        """Whether the batch is of general size: two structures, atoms and pairs at least.
+
+        One of several processes takes eager steps, in which they talk to each other.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False
         sizes = (batch.n_atoms.shape[0], batch.positions.shape[0], batch.pairs.shape[1])
         return min(sizes) >= GENERAL_FROM
 

@@ -54,6 +54,23 @@ class Sum:
         return self.total / self.count.clamp(min=1)
 
 
+def over_processes(sums: Mapping[str, Sum]) -> dict[str, Sum]:
+    """This process's part of the means over what all processes have in their batches.
+
+    The gradients of several processes are averaged: so each part is multiplied by their number, and
+    divided by the count of all. The average is the gradient of the mean over all structures,
+    however unevenly they are spread.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or not sums:
+        return dict(sums)
+    counts = torch.stack([s.count for s in sums.values()])
+    torch.distributed.all_reduce(counts)
+    n = torch.distributed.get_world_size()
+    parts = zip(sums.items(), counts.unbind(), strict=True)
+    return {name: Sum(n * s.total, count) for (name, s), count in parts}
+
+
 class PerStructureSquaredError(nn.Module):
     """Mean over components of the squared deviation of a structure's quantity."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from molecules import random_structures, without
 
-from runner.batches import Batch, make_batch
+from runner.batches import Batch, Block, make_batch
 from runner.config import LossConfig
 from runner.fields import LABELS
-from runner.losses import LOSSES, Loss
+from runner.losses import LOSSES, Loss, over_processes
 from runner.structures import Structures
 
 SIZES = [3, 1, 5, 2, 4]
@@ -165,3 +168,54 @@ def test_a_batch_of_no_structure_costs_nothing() -> None:
     terms: dict[str, dict[str, object]] = {name: {} for name in batch.labels}
     values = Loss(LossConfig.model_validate(terms))(prediction, batch)
     assert {name: value.item() for name, value in values.items()} == dict.fromkeys(values, 0.0)
+
+
+def _gradients(loss: Loss, batch: Batch) -> list[torch.Tensor]:
+    """By two parameters of a made-up potential."""
+    scale = torch.tensor([1.3, 0.7], dtype=torch.float64, requires_grad=True)
+    labels = {name: torch.nan_to_num(label) for name, label in batch.labels.items()}
+    prediction = {name: scale[0] * label + scale[1] for name, label in labels.items()}
+    sums = over_processes(loss.sums(prediction, batch))
+    total = loss.weighted({name: s.mean for name, s in sums.items()}, loss.weights_at(0))
+    return list(torch.autograd.grad(total, scale))
+
+
+def _one_process(rank: int, n: int, folder: str, results: Any) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n
+    )
+    loss, parts = _uneven()
+    (gradient,) = _gradients(loss, parts[rank])
+    torch.distributed.all_reduce(gradient)  # what averaging the gradients comes to
+    results.put((gradient / n).tolist())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _uneven() -> tuple[Loss, list[Batch]]:
+    """Batches of five structures, of two, and of none, some of them without forces."""
+    structures = without(random_structures([3, 1, 4, 2, 5, 6, 2]), "forces", [1, 5])
+    block = Block.of(structures, 4.0, torch.float64)
+    parts = [block.take(np.array(rows)).batch() for rows in ([0, 1, 2, 3, 4], [5, 6])]
+    terms = {"energy": {"per_atom": True}, "forces": {"weight": 3.0}, "dipole": {}}
+    loss = Loss(LossConfig.model_validate(terms))
+    return loss, [*parts, parts[0].none(), block.batch()]
+
+
+def test_uneven_processes_have_the_gradient_of_all_their_structures(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_one_process, args=(rank, 3, str(tmp_path), results))
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    loss, parts = _uneven()
+    (expected,) = _gradients(loss, parts[3])
+    assert expected.abs().min() > 0
+    for _ in processes:
+        assert results.get() == pytest.approx(expected.tolist(), rel=1e-12)
