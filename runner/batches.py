@@ -139,7 +139,7 @@ class Block:
         first_atom = structures.first_atom
         cell, pbc = (structures.structures.get(name) for name in (CELL.name, PBC.name))
         lists = find_neighbors(structures.atoms["positions"], first_atom, cutoff, cell, pbc)
-        first_pair = np.concatenate([[0], np.cumsum(lists.counts, dtype=np.int64)])[first_atom]
+        first_pair = _pointer(lists.counts)[first_atom]
         smallest = np.uint8 if np.diff(first_atom).max(initial=0) <= 256 else np.int32
         within = np.arange(structures.n_atoms) - np.repeat(first_atom[:-1], np.diff(first_atom))
         pairs: dict[str, np.ndarray] = {

@@ -348,11 +348,6 @@ class PreparedDataset:
         """How many structures have each label that the dataset holds."""
         return dict(self.attributes["statistics"]["coverage"])
 
-    @property
-    def periodic(self) -> bool:
-        """Whether some structure is periodic."""
-        return "structures/pbc" in self._arrays
-
     def _read(self, key: str, start: int, stop: int) -> np.ndarray:
         """Some rows of an array, every chunk of them checked.
 

@@ -12,9 +12,13 @@ from torch.nn.functional import silu
 
 from runner.batches import Batch
 from runner.config import TensorNetConfig
-from runner.potentials.components import ExpNormalBasis, cosine_cutoff, mlp, pair_vectors
-
-N_ELEMENTS = 119
+from runner.potentials.components import (
+    N_ELEMENTS,
+    ExpNormalBasis,
+    cosine_cutoff,
+    mlp,
+    pair_vectors,
+)
 
 Parts: TypeAlias = tuple[
     Float[Tensor, "n 1 channels"], Float[Tensor, "n 3 channels"], Float[Tensor, "n 5 channels"]
