@@ -12,9 +12,13 @@ from torch.nn.functional import silu
 
 from runner.batches import Batch
 from runner.config import TensorNetConfig
-from runner.potentials.components import ExpNormalBasis, cosine_cutoff, mlp, pair_vectors
-
-N_ELEMENTS = 119
+from runner.potentials.components import (
+    N_ELEMENTS,
+    ExpNormalBasis,
+    cosine_cutoff,
+    mlp,
+    pair_vectors,
+)
 
 Parts: TypeAlias = tuple[
     Float[Tensor, "n 1 channels"], Float[Tensor, "n 3 channels"], Float[Tensor, "n 5 channels"]
@@ -301,7 +305,7 @@ def squared_norm(x: Float[Tensor, "n 3 3 channels"]) -> Float[Tensor, "n channel
 
 def shrunk(x: Float[Tensor, "n 3 3 channels"]) -> Float[Tensor, "n 3 3 channels"]:
     """Each matrix divided by its squared norm, plus one."""
-    return x / (squared_norm(x) + 1)[:, None, None]
+    return x * (squared_norm(x) + 1).reciprocal()[:, None, None]
 
 
 def scaled(parts: Parts, factors: Iterable[Float[Tensor, "n_or_1 1 channels"]]) -> Parts:
