@@ -205,7 +205,7 @@ class Embedding(Matrices):
         w_i, w_a, w_s = (filters * z.unsqueeze(1)).chunk(3, dim=1)
         t = ((centre + neighbor) * filters_own[:, 0]).unsqueeze(1).index_add(0, i, w_i)
         a, s = (
-            t.new_zeros(len(t), geometry.shape[1], t.shape[2]).index_add(
+            t.new_zeros(t.shape[0], geometry.shape[1], t.shape[2]).index_add(
                 0, i, w * geometry.unsqueeze(-1)
             )
             for w, geometry in ((w_a, direction), (w_s, traceless_square(direction)))
