@@ -603,16 +603,16 @@ class SchNetConfig(ArchitectureConfig):
 
 
 class TensorNetConfig(ArchitectureConfig):
-    """Hyperparameters of TensorNet, see `runner.potentials.tensornet`; unless given, those that its
-    authors publish for rMD17."""
+    """Hyperparameters of TensorNet, see `runner.potentials.tensornet`."""
 
     name: Literal["tensornet"]
     features: Count = 128
-    """3 × 3 matrices of an atom (channels); 256 is published for QM9."""
+    """3 × 3 matrices of an atom (channels): 128 as its authors have it for rMD17, 256 for QM9
+    (examples of torchmd-net)."""
     interactions: Count = 2
-    """Interaction layers; 3 is published for QM9."""
+    """Interaction layers: 2 for rMD17, 3 for QM9."""
     radial_basis: Count = 32
-    """Radial basis functions; 64 is published for QM9."""
+    """Exponential-normal radial basis functions: 32 for rMD17, 64 for QM9."""
 
 
 ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig, SchNetConfig, TensorNetConfig)

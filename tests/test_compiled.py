@@ -64,7 +64,7 @@ def _compare(step: Step, compiled: CompiledStep, block: Block, weights: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["painn", "schnet"])
+@pytest.mark.parametrize("name", ["painn", "schnet", "tensornet"])
 def test_molecules_some_without_a_label(name: str) -> None:
     loss = {"energy": {"per_atom": True}, "forces": {"error": "huber"}, "dipole": {}}
     step = _step(name, loss)

@@ -16,10 +16,12 @@ from runner.losses import Loss
 from runner.potentials import POTENTIALS, Potential, build_potential, charge_moments
 from runner.potentials.components import (
     BesselBasis,
+    ExpNormalBasis,
     GaussianBasis,
     ShiftedSoftplus,
     cosine_cutoff,
 )
+from runner.potentials.tensornet import Matrices, matrix_product, part_norms
 from runner.structures import Structures, concatenate
 
 CUTOFF = 4.0
@@ -324,6 +326,43 @@ def test_the_shifted_softplus_equals_its_formula_and_has_two_slopes() -> None:
     expected = np.log(0.5 * np.exp(x.detach().numpy()) + 0.5)
     assert values.detach().numpy() == pytest.approx(expected, abs=1e-8)
     assert torch.autograd.gradgradcheck(ShiftedSoftplus(), (x[4:9].detach().requires_grad_(),))
+
+
+def test_the_exponential_normal_basis_equals_its_formula_and_has_no_subnormal_values() -> None:
+    basis = ExpNormalBasis(32, CUTOFF)
+    distance = torch.linspace(0.0, CUTOFF, 300)
+    start = np.exp(-CUTOFF)
+    closeness = np.exp(-5 * distance.numpy().astype(np.float64) / CUTOFF)[:, None]
+    beta = (2 / 32 * (1 - start)) ** -2
+    expected = np.exp(-beta * (closeness - np.linspace(start, 1, 32)) ** 2)
+    values = basis(distance).numpy()
+    assert values == pytest.approx(expected, abs=2e-5)
+    assert (expected < np.finfo(values.dtype).tiny).any()
+    assert values[values > 0].min() > 1e-18
+
+
+def test_parts_of_matrices_are_the_trace_the_antisymmetric_and_the_traceless_symmetric() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 3, 2, dtype=torch.float64)
+    matrices = Matrices().double()
+    (t, a, s), eye = matrices.decompose(x), torch.eye(3, dtype=torch.float64)[:, :, None]
+    trace = torch.einsum("niic->nc", x)[:, None, None] * eye / 3
+    antisymmetric = (x - x.transpose(1, 2)) / 2
+    parts = (trace, antisymmetric, (x + x.transpose(1, 2)) / 2 - trace)
+    zeros = [torch.zeros_like(part) for part in (t, a, s)]
+    for index, expected in enumerate(parts):
+        alone = [part if n == index else zeros[n] for n, part in enumerate((t, a, s))]
+        assert torch.allclose(matrices.compose((alone[0], alone[1], alone[2])), expected)
+    norms = torch.cat([(part**2).sum((1, 2)) for part in parts], dim=-1)
+    assert torch.allclose(part_norms((t, a, s)), norms)
+
+
+def test_the_product_of_matrices_and_its_two_slopes() -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.allclose(matrix_product(x, y), torch.einsum("nijc,njkc->nikc", x, y))
+    assert torch.autograd.gradcheck(matrix_product, (x, y))
+    assert torch.autograd.gradgradcheck(matrix_product, (x, y))
 
 
 def test_the_cutoff_function_and_its_slope_vanish_at_the_cutoff() -> None:

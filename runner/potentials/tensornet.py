@@ -205,7 +205,7 @@ class Embedding(Matrices):
         w_i, w_a, w_s = (filters * z.unsqueeze(1)).chunk(3, dim=1)
         t = ((centre + neighbor) * filters_own[:, 0]).unsqueeze(1).index_add(0, i, w_i)
         a, s = (
-            t.new_zeros(len(t), geometry.shape[1], t.shape[2]).index_add(
+            t.new_zeros(t.shape[0], geometry.shape[1], t.shape[2]).index_add(
                 0, i, w * geometry.unsqueeze(-1)
             )
             for w, geometry in ((w_a, direction), (w_s, traceless_square(direction)))
@@ -242,7 +242,8 @@ class Interaction(Matrices):
         y, message = self.compose(parts), self.compose((t, a, s))
         product = matrix_product(y, message) + matrix_product(message, y)
         delta = self.compose(self.after(self.decompose(shrunk(product))))
-        return x + delta + matrix_product(delta, delta)
+        square: Tensor = matrix_product(delta, delta)
+        return x + delta + square
 
 
 class Mix(nn.Module):
@@ -259,37 +260,43 @@ class Mix(nn.Module):
         return t, a, s
 
 
+@torch.library.custom_op(
+    "runner::matrix_product", mutates_args=(), schema="(Tensor left, Tensor right) -> Tensor"
+)
 def matrix_product(
     left: Float[Tensor, "n 3 3 channels"], right: Float[Tensor, "n 3 3 channels"]
 ) -> Float[Tensor, "n 3 3 channels"]:
-    """Product of two matrices, channel by channel."""
-    product: Tensor = MatrixProduct.apply(left, right)  # type: ignore[no-untyped-call]
-    return product
+    """Product of two matrices, channel by channel; its derivatives are products again.
 
-
-class MatrixProduct(torch.autograd.Function):
-    """A product whose derivatives are products again, to any order.
-
-    No intermediate is kept for them. Channels lie last, where a processor takes many at once.
+    Channels lie last, where a processor takes many at once. It is one operation to a compiler too,
+    which would otherwise write out products of products, and take minutes over it.
     """
+    product = left.new_empty(left.shape)
+    torch.mul(left[:, :, 0, None], right[:, None, 0], out=product)
+    product.addcmul_(left[:, :, 1, None], right[:, None, 1])
+    return product.addcmul_(left[:, :, 2, None], right[:, None, 2])
 
-    @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        """Three sums of outer products."""
-        ctx.save_for_backward(left, right)
-        product = left[:, :, 0, None] * right[:, None, 0]
-        product.addcmul_(left[:, :, 1, None], right[:, None, 1])
-        return product.addcmul_(left[:, :, 2, None], right[:, None, 2])
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """G·Rᵀ and Lᵀ·G."""
-        (gradient,) = gradients
-        left, right = ctx.saved_tensors
-        return (
-            matrix_product(gradient, right.transpose(1, 2)),
-            matrix_product(left.transpose(1, 2), gradient),
-        )
+@matrix_product.register_fake
+def _empty_product(left: Tensor, right: Tensor) -> Tensor:  # noqa: ARG001
+    """Shape and strides of the product."""
+    return left.new_empty(left.shape)
+
+
+def _save_factors(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _product_slopes(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """G·Rᵀ and Lᵀ·G."""
+    left, right = ctx.saved_tensors
+    return (
+        matrix_product(gradient, right.transpose(1, 2)),
+        matrix_product(left.transpose(1, 2), gradient),
+    )
+
+
+matrix_product.register_autograd(_product_slopes, setup_context=_save_factors)
 
 
 def traceless_square(vector: Float[Tensor, "n 3"]) -> Float[Tensor, "n 5"]:
@@ -305,7 +312,7 @@ def squared_norm(x: Float[Tensor, "n 3 3 channels"]) -> Float[Tensor, "n channel
 
 def shrunk(x: Float[Tensor, "n 3 3 channels"]) -> Float[Tensor, "n 3 3 channels"]:
     """Each matrix divided by its squared norm, plus one."""
-    return x / (squared_norm(x) + 1)[:, None, None]
+    return x * (squared_norm(x) + 1).reciprocal()[:, None, None]
 
 
 def scaled(parts: Parts, factors: Iterable[Float[Tensor, "n_or_1 1 channels"]]) -> Parts:
