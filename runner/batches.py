@@ -33,6 +33,8 @@ class Batch:
         cell: Å, rows are the lattice vectors; None if the data has no periodic structures.
         shifts: how many lattice vectors further on the neighbour of each pair is: the image lies
             at r_j + shift · cell. None if the data has no periodic structures.
+        near: rows of `pairs` that an architecture sees, where others of the potential's terms look
+            further; None if they all are.
     """
 
     atomic_numbers: Int64[Tensor, " n_atoms"]
@@ -45,6 +47,7 @@ class Batch:
     labelled: dict[str, Bool[Tensor, " n_structures"]]
     cell: Float[Tensor, "n_structures 3 3"] | None = None
     shifts: Int8[Tensor, "n_pairs 3"] | None = None
+    near: Int64[Tensor, " n_near"] | None = None
 
     @property
     def n_structures(self) -> int | torch.SymInt:
@@ -68,6 +71,7 @@ class Batch:
             {name: move(mask) for name, mask in self.labelled.items()},
             None if self.cell is None else move(self.cell),
             None if self.shifts is None else move(self.shifts),
+            None if self.near is None else move(self.near),
         )
 
     def none(self) -> Batch:
@@ -83,7 +87,15 @@ class Batch:
             {},
             None if self.cell is None else self.cell[:0],
             None if self.shifts is None else self.shifts[:0],
+            None if self.near is None else self.near[:0],
         )
+
+    def nearest(self) -> Batch:
+        """The same with the near pairs alone."""
+        if self.near is None:
+            return self
+        shifts = None if self.shifts is None else self.shifts.index_select(0, self.near)
+        return replace(self, pairs=self.pairs.index_select(1, self.near), shifts=shifts, near=None)
 
     def at(self, positions: Float[Tensor, "n_atoms 3"]) -> Batch:
         """The same atoms and pairs at other positions."""
@@ -108,7 +120,8 @@ class Block:
         atoms: arrays with a row an atom.
         structures: arrays with a row a structure.
         pairs: arrays with a row a pair: `center` and `neighbor`, numbered within their structure,
-            and the `shift` to the neighbour's image.
+            and the `shift` to the neighbour's image; `near`, whether an architecture sees it, where
+            not all are seen.
         labelled: of each label that some structure lacks, which structures have it whole.
     """
 
@@ -127,6 +140,7 @@ class Block:
         cutoff: float,
         dtype: torch.dtype = torch.float32,
         first: int = 0,
+        near: float | None = None,
     ) -> Block:
         """Cast structures, and find the pairs within the cutoff.
 
@@ -135,6 +149,7 @@ class Block:
             cutoff: Å; distances are those of the positions before they are cast.
             dtype: of the floating-point numbers.
             first: the number of the first structure in its split.
+            near: Å, up to which architectures see; as far as the pairs go, unless given.
         """
         first_atom = structures.first_atom
         cell, pbc = (structures.structures.get(name) for name in (CELL.name, PBC.name))
@@ -148,6 +163,8 @@ class Block:
         }
         if lists.shifts is not None:
             pairs["shift"] = lists.shifts
+        if near is not None:
+            pairs["near"] = lists.distances(structures.atoms["positions"], first_atom, cell) < near
         atoms = {"atomic_numbers": structures.atoms["atomic_numbers"]}
         by_structure: dict[str, np.ndarray] = {}
         labelled = {}
@@ -254,6 +271,7 @@ class Block:
             },
             cell=tensors.get("cell"),
             shifts=tensors.get("shift"),
+            near=tensors["near"].nonzero().squeeze(-1) if "near" in tensors else None,
         )
 
 
@@ -269,15 +287,21 @@ def _masked(blocks: Sequence[Block]) -> list[str]:
     return sorted({name for block in blocks for name in block.labelled})
 
 
-def make_batch(structures: Structures, cutoff: float, dtype: torch.dtype = torch.float32) -> Batch:
+def make_batch(
+    structures: Structures,
+    cutoff: float,
+    dtype: torch.dtype = torch.float32,
+    near: float | None = None,
+) -> Batch:
     """All of some structures as one batch.
 
     Args:
         structures: float64, eV, Å, e.
-        cutoff: Å.
+        cutoff: Å, of the pairs.
         dtype: of the floating-point tensors.
+        near: Å, up to which architectures see; as far as the pairs go, unless given.
     """
-    return Block.of(structures, cutoff, dtype).batch()
+    return Block.of(structures, cutoff, dtype, near=near).batch()
 
 
 def _numpy(dtype: torch.dtype) -> np.dtype[Any]:

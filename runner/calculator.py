@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from runner.potentials import FROM_CHARGES
+from runner.fields import FROM_CHARGES
 from runner.predictor import Predictor
 from runner.structures import Structures
 
@@ -21,7 +21,8 @@ ALWAYS = ("energy", "free_energy", "forces", "stress")
 class NNPCalculator(Calculator):  # type: ignore[misc]
     """Energy (absolute, eV), forces (eV/Å), of a periodic structure stress (eV/Å³, ASE's sign).
 
-    If trained for, also dipole (e·Å) and charges (e).
+    If trained for, also dipole (e·Å) and charges (e). A total charge (e) or a spin multiplicity
+    that the potential needs is looked for in `atoms.info`, by that name.
 
     Example:
         >>> atoms.calc = NNPCalculator("experiments/quickstart/runs/latest")
@@ -46,6 +47,26 @@ class NNPCalculator(Calculator):  # type: ignore[misc]
         if not FROM_CHARGES & set(self.predictor.quantities):
             self.implemented_properties = list(ALWAYS)  # type: ignore[misc]
 
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What has changed since the last calculation, also of what the potential is told."""
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if self.atoms is not None and self._inputs(atoms) != self._inputs(self.atoms):
+            changes.append("info")
+        return changes
+
+    def _inputs(self, atoms: Atoms) -> dict[str, float]:
+        """Total charge and spin multiplicity, where the potential needs them and they are there."""
+        needed = self.predictor.potential.inputs
+        return {name: atoms.info[name] for name in sorted(needed) if name in atoms.info}
+
+    def _of_structure(self, atoms: Atoms) -> dict[str, np.ndarray]:
+        """Arrays with one row: the cell of a periodic structure, and the inputs."""
+        arrays = {name: np.array([float(value)]) for name, value in self._inputs(atoms).items()}
+        if atoms.pbc.any():
+            arrays["cell"] = np.asarray(atoms.cell.array, np.float64)[None]
+            arrays["pbc"] = np.asarray(atoms.pbc, bool)[None]
+        return arrays
+
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -65,12 +86,7 @@ class NNPCalculator(Calculator):  # type: ignore[misc]
                 "atomic_numbers": self.atoms.numbers.astype(np.uint8),
                 "positions": np.asarray(self.atoms.positions, np.float64),
             },
-            structures={
-                "cell": np.asarray(self.atoms.cell.array, np.float64)[None],
-                "pbc": np.asarray(self.atoms.pbc, bool)[None],
-            }
-            if self.atoms.pbc.any()
-            else {},
+            structures=self._of_structure(self.atoms),
         )
         prediction = self.predictor.predict(structures, where=str(self.atoms.symbols))
         self.results = {

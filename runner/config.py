@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli
 import tomli_w
@@ -22,8 +23,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
+    Tag,
     TypeAdapter,
     ValidationError,
     WithJsonSchema,
@@ -32,7 +35,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from runner.errors import ConfigError, UnitError, did_you_mean
-from runner.fields import LABELS, POSITIONS
+from runner.fields import FROM_CHARGES, LABELS, POSITIONS
 from runner.fields import Field as Quantity
 from runner.units import conversion_factor, parse_quantity
 
@@ -568,12 +571,89 @@ class DataConfig(Section):
     or a tensor; for potentials that are not equivariant by construction."""
 
 
+if TYPE_CHECKING:
+    _Distance = float
+else:
+    _Distance = Annotated[_quantity("angstrom"), Field(gt=0)]
+
+
+class EnergyConfig(Section):
+    """`[train.potential.energy]`: how the energy of an atom, in eV, is made of what the
+    architecture puts out: times the scale, plus the shift."""
+
+    scale: Literal["none", "one", "per_element"] = "one"
+    """`one`: the spread of the energy per atom; `per_element`: the same, in proportion to the root
+    mean square force on atoms of an element; `none`: 1 eV."""
+    shift: Literal["none", "one", "per_element"] = "none"
+    """`one`: the mean energy per atom; `per_element`: what least squares finds for an element in
+    the offset-corrected energies (zero, if the self-energies were fitted so). Of the training
+    split, as the scale is."""
+    learnt: bool = False
+    """Whether scale and shift are trained, from there on."""
+
+
+class ChargesConfig(Section):
+    """`[train.potential.charges]`: partial charges. They are also there, without this table, if a
+    term of the loss or of the physics needs them."""
+
+    equalise: bool = False
+    """Add the same to all atoms of a structure, so that its charges sum to its `total_charge`."""
+
+
+class CoulombConfig(Section):
+    """`[train.potential.coulomb]`: the Coulomb energy of the partial charges, damped where atoms
+    meet, see `runner.potentials.physics`."""
+
+    cutoff: _Distance | None = None
+    """Where it ends smoothly; not before the architecture's own cutoff. Unless given, all atoms of
+    a molecule interact; periodic structures need one."""
+
+
+class ZBLConfig(Section):
+    """`[train.potential.zbl]`: the screened repulsion of nuclei of Ziegler, Biersack, Littmark."""
+
+    cutoff: _Distance | None = None
+    """Where it ends smoothly; the architecture's cutoff unless given, and not beyond it."""
+
+
 class ArchitectureConfig(Section):
-    """What every architecture has."""
+    """What every architecture has around it."""
 
     name: str
-    cutoff: Annotated[_quantity("angstrom"), Field(gt=0)] = 5.0  # type: ignore[valid-type]
+    cutoff: _Distance = 5.0
     """Distance up to which atoms see each other."""
+    inputs: list[Literal["total_charge", "spin_multiplicity"]] = []
+    """What the architecture is told of a structure beside its atoms; every structure has to have
+    it."""
+    energy: EnergyConfig = EnergyConfig()
+    """Scale and shift of the energies of atoms."""
+    charges: ChargesConfig | None = None
+    """Partial charges."""
+    coulomb: CoulombConfig | None = None
+    """Their Coulomb energy; none unless the table is there."""
+    zbl: ZBLConfig | None = None
+    """Repulsion of the nuclei; none unless the table is there."""
+
+    @property
+    def needed_inputs(self) -> frozenset[str]:
+        """What every structure has to have, for the architecture or for its charges."""
+        equalise = self.charges is not None and self.charges.equalise
+        return frozenset(self.inputs) | ({"total_charge"} if equalise else frozenset())
+
+    @model_validator(mode="after")
+    def _ranges(self) -> ArchitectureConfig:
+        near, coulomb, zbl = self.cutoff, self.coulomb, self.zbl
+        if coulomb is not None and coulomb.cutoff is not None and coulomb.cutoff < near:
+            raise _reject(
+                f"the cutoff of coulomb, {coulomb.cutoff:g} Å, is below the architecture's, "
+                f"{near:g} Å; make it at least that"
+            )
+        if zbl is not None and zbl.cutoff is not None and zbl.cutoff > near:
+            raise _reject(
+                f"the cutoff of zbl, {zbl.cutoff:g} Å, is beyond the architecture's, {near:g} Å; "
+                "make it at most that"
+            )
+        return self
 
 
 class PaiNNConfig(ArchitectureConfig):
@@ -615,10 +695,48 @@ class TensorNetConfig(ArchitectureConfig):
     """Exponential-normal radial basis functions: 32 for rMD17, 64 for QM9."""
 
 
+class ForeignConfig(ArchitectureConfig):
+    """An architecture that comes from elsewhere, see `runner.potentials.foreign`: a class of yours,
+    or one that an installed package offers. All further keys go to its constructor, which checks
+    them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """`"package.module:Class"`, or the name of an entry point of the group `runner.potentials`."""
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What goes to the constructor beside the cutoff."""
+        return dict(self.model_extra or {})
+
+
+ENTRY_POINTS = "runner.potentials"
+FOREIGN = "foreign"
 ARCHITECTURES: tuple[type[ArchitectureConfig], ...] = (PaiNNConfig, SchNetConfig, TensorNetConfig)
+
+
+def installed_potentials() -> dict[str, importlib.metadata.EntryPoint]:
+    """Potentials that installed packages offer, by name."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _kind_of_potential(value: Any) -> str | None:
+    """Which class a `[train.potential]` table is of, as its `name` tells."""
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    if not isinstance(name, str) or name in NAMES_OF_ARCHITECTURES:
+        return name if isinstance(name, str) else str(name or "")
+    return FOREIGN if ":" in name or name in installed_potentials() else name
+
+
 PotentialConfig = Annotated[
-    PaiNNConfig | SchNetConfig | TensorNetConfig, Field(discriminator="name")
+    Annotated[PaiNNConfig, Tag("painn")]
+    | Annotated[SchNetConfig, Tag("schnet")]
+    | Annotated[TensorNetConfig, Tag("tensornet")]
+    | Annotated[ForeignConfig, Tag(FOREIGN)],
+    Discriminator(_kind_of_potential),
 ]
+NAMES_OF_ARCHITECTURES = ("painn", "schnet", "tensornet")
 
 
 def potential_config(table: Mapping[str, Any]) -> ArchitectureConfig:
@@ -688,6 +806,7 @@ class LossConfig(Section):
     stress: LossTermConfig | None = None
     total_charge: LossTermConfig | None = None
     dipole: LossTermConfig | None = None
+    quadrupole: LossTermConfig | None = None
     charges: AtomLossConfig | None = None
 
     @model_validator(mode="after")
@@ -714,6 +833,7 @@ class MetricsConfig(Section):
     stress: MetricNames | None = None
     total_charge: MetricNames | None = None
     dipole: MetricNames | None = None
+    quadrupole: MetricNames | None = None
     charges: MetricNames | None = None
 
     @property
@@ -802,6 +922,26 @@ class TrainConfig(Section):
     early_stopping: EarlyStoppingConfig | None = None
     """All epochs are trained, unless given."""
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _charges_are_learnt(self) -> TrainConfig:
+        """Charges that nothing trains, or that nothing can train, are mistakes."""
+        potential, trained = self.potential, FROM_CHARGES & set(self.loss.terms)
+        asked = sorted(f"train.metrics.{name}" for name in FROM_CHARGES & set(self.measured))
+        asked = ["train.potential.charges"] if potential.charges is not None else asked
+        terms = ", ".join(f"train.loss.{name}" for name in sorted(FROM_CHARGES))
+        if asked and not trained and potential.coulomb is None:
+            raise _reject(
+                f"{asked[0]} asks for partial charges, and nothing trains them; add one of "
+                f"{terms}, or train.potential.coulomb"
+            )
+        equalised = potential.charges is not None and potential.charges.equalise
+        if equalised and "total_charge" in trained:
+            raise _reject(
+                "train.loss.total_charge is always zero, because train.potential.charges.equalise "
+                "makes the charges sum to it; take one of them out"
+            )
+        return self
 
     @property
     def measured(self) -> dict[str, list[str]]:
@@ -1073,9 +1213,13 @@ def _spelt_out(details: ErrorDetails, tables: dict[str, Any]) -> Iterator[ErrorD
         yield details
         return
     loc, table = details["loc"], details["input"]
+    if not isinstance(table, Mapping):
+        yield ErrorDetails(type="dict_type", loc=loc, msg="", input=table)
+        return
     location, section = _locate(loc, tables)
     variants = _variants(_annotation_below(section, location[-1]))
-    expected = " or ".join(f"'{name}'" for name in variants)
+    others = [*installed_potentials(), "package.module:Class"]
+    expected = " or ".join(f"'{name}'" for name in [*variants, *others])
     kind = "literal_error" if "name" in table else "missing"
     input_, context = table.get("name", table), {"expected": expected}
     yield ErrorDetails(type=kind, loc=(*loc, "name"), msg="", input=input_, ctx=context)
@@ -1118,6 +1262,9 @@ def _locate(
     annotation: Any = Config
     for number, part in enumerate(loc):
         variants = _variants(annotation)
+        if variants and part == FOREIGN:
+            annotation = ForeignConfig
+            continue
         if isinstance(part, str) and part in variants:
             annotation = variants[part]
             continue
@@ -1145,7 +1292,10 @@ def _annotation_below(annotation: Any, part: str | int) -> Any:
 
 def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
     """The sections that a table may be, by the `name` that it has to have for each."""
-    arguments = typing.get_args(annotation)
+    arguments = [
+        typing.get_args(a)[0] if typing.get_origin(a) is Annotated else a
+        for a in typing.get_args(annotation)
+    ]
     sections = [a for a in arguments if isinstance(a, type) and issubclass(a, Section)]
     if len(sections) < 2 or not all("name" in section.model_fields for section in sections):
         return {}

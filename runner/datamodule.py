@@ -48,6 +48,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         seed: int,
         data: DataConfig | None = None,
         say: Callable[[str], None] = lambda _: None,
+        near: float | None = None,
     ) -> None:
         """Read from a dataset.
 
@@ -58,13 +59,14 @@ class PreparedDataModule(lightning.LightningDataModule):
             seed: of the order of the training batches.
             data: where batches come from.
             say: is told where the data is.
+            near: Å, up to which architectures see; as far as the pairs go, unless given.
 
         Raises:
             DatasetError: there are fewer training structures than asked for.
         """
         super().__init__()
         self.dataset, self.batch, self.cutoff, self.seed = dataset, batch, cutoff, seed
-        self.data = data or DataConfig()
+        self.data, self.near = data or DataConfig(), near
         self.residence: Residence | None = None
         self._say = say
         self._loaders: dict[str, BatchLoader] = {}
@@ -99,9 +101,8 @@ class PreparedDataModule(lightning.LightningDataModule):
         return self.loader("test")
 
     def _split(self, name: str) -> Split:
-        split = Split(
-            self.dataset, name, self.cutoff, self.data.train_size if name == "train" else None
-        )
+        size = self.data.train_size if name == "train" else None
+        split = Split(self.dataset, name, self.cutoff, size, self.near)
         asked = self.data.train_size or 0
         if name == "train" and asked > split.n_structures:
             raise DatasetError(

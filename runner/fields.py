@@ -72,6 +72,9 @@ LABELS: dict[str, Field] = {
     )
 }
 
+FROM_CHARGES = frozenset({"charges", "total_charge", "dipole", "quadrupole"})
+"""Labels that follow from the partial charges that a potential predicts."""
+
 FIELDS: dict[str, Field] = {
     field.name: field for field in (ATOMIC_NUMBERS, POSITIONS, CELL, PBC)
 } | LABELS

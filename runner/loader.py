@@ -48,7 +48,12 @@ class Split:
     """One split of a dataset, in blocks that are read when they are needed."""
 
     def __init__(
-        self, dataset: PreparedDataset, name: str, cutoff: float, n_structures: int | None = None
+        self,
+        dataset: PreparedDataset,
+        name: str,
+        cutoff: float,
+        n_structures: int | None = None,
+        near: float | None = None,
     ) -> None:
         """Take a split.
 
@@ -57,8 +62,9 @@ class Split:
             name: train, val or test.
             cutoff: Å, of the neighbour lists.
             n_structures: only the first so many.
+            near: Å, up to which architectures see; as far as the lists go, unless given.
         """
-        self.dataset, self.name, self.cutoff = dataset, name, cutoff
+        self.dataset, self.name, self.cutoff, self.near = dataset, name, cutoff, near
         self.start, stop = (int(row) for row in dataset.attributes["splits"][name])
         self.n_structures = min(stop - self.start, n_structures or stop)
         self.block = max(1, ATOMS_IN_BLOCK * len(dataset) // max(dataset.n_atoms, 1))
@@ -73,7 +79,7 @@ class Split:
         first = block * self.block
         last = min(first + self.block, self.n_structures)
         structures = self.dataset.read_rows(self.start + first, self.start + last, origins=False)
-        return Block.of(structures, self.cutoff, first=first)
+        return Block.of(structures, self.cutoff, first=first, near=self.near)
 
     def bytes_needed(self) -> int:
         """Memory that all of it takes with its neighbour lists, as its first structures tell."""
@@ -81,7 +87,7 @@ class Split:
         if n == 0:
             return 0
         structures = self.dataset.read_rows(self.start, self.start + n, origins=False)
-        return Block.of(structures, self.cutoff).n_bytes * self.n_structures // n
+        return Block.of(structures, self.cutoff, near=self.near).n_bytes * self.n_structures // n
 
 
 @runtime_checkable
@@ -312,6 +318,7 @@ class OnDevice:
             labelled={name: self._move(mask) for name, mask in masks.items() if not mask.all()},
             cell=found.get("cell"),
             shifts=found.get("shift"),
+            near=found["near"].nonzero().squeeze(-1) if "near" in found else None,
         )
 
     def pairs(self) -> Int64[np.ndarray, " n_structures"]:

@@ -134,6 +134,7 @@ LOSSES: dict[str, type[PerStructureSquaredError | PerAtomToStructureSquaredError
     "stress": PerStructureSquaredError,
     "total_charge": TotalChargeError,
     "dipole": DipoleMomentError,
+    "quadrupole": PerStructureSquaredError,
     "charges": PerAtomToStructureSquaredError,
 }
 

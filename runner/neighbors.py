@@ -33,6 +33,22 @@ class NeighborLists:
     neighbors: Int32[np.ndarray, " n_pairs"]
     shifts: Int8[np.ndarray, "n_pairs 3"] | None
 
+    def distances(
+        self,
+        positions: Float[np.ndarray, "n_atoms 3"],
+        first_atom: Int64[np.ndarray, " n_structures_plus_1"],
+        cell: Float[np.ndarray, "n_structures 3 3"] | None = None,
+    ) -> Float[np.ndarray, " n_pairs"]:
+        """How far apart the pairs are, Å; the arguments are those of `find_neighbors`."""
+        sizes = np.diff(first_atom)
+        center = np.repeat(np.arange(len(positions)), self.counts)
+        structure = np.repeat(np.arange(len(sizes)), sizes)[center]
+        separation = positions[self.neighbors + first_atom[structure]] - positions[center]
+        if self.shifts is not None and cell is not None:
+            separation += np.einsum("pk,pkx->px", self.shifts, cell[structure])
+        lengths: np.ndarray = np.linalg.norm(separation, axis=-1)
+        return lengths
+
 
 def find_neighbors(
     positions: Float[np.ndarray, "n_atoms 3"],
@@ -50,7 +66,7 @@ def find_neighbors(
         positions: Å; atoms may be outside the cell.
         first_atom: the atoms of structure s are the rows from `first_atom[s]` to
             `first_atom[s + 1]`; the first entry is 0.
-        cutoff: Å; a pair at this distance is left out.
+        cutoff: Å; a pair at this distance is left out. Infinite: all pairs of each molecule.
         cell: Å, rows are the vectors; those of directions that are not periodic do not count.
         pbc: along which vectors each structure repeats; none, if not given.
 
@@ -59,7 +75,7 @@ def find_neighbors(
 
     Raises:
         DatasetError: vectors along which a structure is periodic are zero or linearly dependent;
-            a neighbour is more than 127 cells away.
+            a neighbour is more than 127 cells away; a periodic structure and no finite cutoff.
     """
     sizes = np.diff(first_atom)
     periodic = np.zeros(len(sizes), bool)
@@ -79,6 +95,9 @@ def find_neighbors(
             neighbors[s] = found[start:stop]
             if shifts is not None:
                 shifts[s] = np.zeros((stop - start, 3), np.int8)
+    if np.isinf(cutoff):
+        _refuse_periodic(periodic)
+        cutoff = 1.0 + float(np.linalg.norm(np.ptp(positions, axis=0))) if len(positions) else 1.0
     search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
     for s in np.flatnonzero(periodic | (sizes > ALL_PAIRS_UP_TO)).tolist():
         rows = slice(first_atom[s], first_atom[s + 1])
@@ -98,6 +117,17 @@ def find_neighbors(
         np.concatenate(neighbors) if neighbors else np.empty(0, np.int32),
         None if shifts is None else np.concatenate([np.empty((0, 3), np.int8), *shifts]),
     )
+
+
+def _refuse_periodic(periodic: np.ndarray) -> None:
+    """All pairs of a periodic structure are infinitely many."""
+    if periodic.any():
+        raise DatasetError(
+            "a periodic structure has infinitely many pairs of atoms",
+            where=f"structure {int(periodic.argmax())} (counted from 0)",
+            remedy="give the long-range term a cutoff, such as train.potential.coulomb.cutoff = "
+            '"10 angstrom"',
+        )
 
 
 def _of_like_size(sizes: np.ndarray, chosen: np.ndarray) -> Iterator[np.ndarray]:

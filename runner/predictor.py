@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,29 @@ from runner.self_energies import (
 from runner.store import PreparedDataset
 from runner.structures import Structures
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+
+
+def _upgrade_from_1(checkpoint: dict[str, Any]) -> None:
+    """Version 2 has heads and a scale by names of their own, and an embedding of its own."""
+    renamed = (
+        (r"^potential\.scale$", "potential.energy.scale"),
+        (r"^potential\.architecture\.(energies|charges)\.", r"potential.architecture.readouts.\1."),
+        (r"^(potential\.architecture\.embedding)\.weight$", r"\1.elements.weight"),
+        (r"^(potential\.architecture\.embedding\.elements)\.weight$", r"\1.elements.weight"),
+    )
+    weights = checkpoint["state_dict"]
+    tensornet = checkpoint["runner"]["potential"]["name"] == "tensornet"
+    for old in list(weights):
+        for pattern, new in (*renamed[:2], renamed[3] if tensornet else renamed[2]):
+            if re.match(pattern, old):
+                weights[re.sub(pattern, new, old)] = weights.pop(old)
+    scale = weights["potential.energy.scale"]
+    weights["potential.energy.shift"] = torch.zeros_like(scale)
+    checkpoint["runner"] |= {"checkpoint_version": 2, "quadrupole": "traced"}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], None]] = {1: _upgrade_from_1}
 
 
 def passport(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
@@ -41,6 +64,7 @@ def passport(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
         "self_energies": fit.values,
         "fit": fit.certificate(),
         "statistics": attributes["statistics"],
+        "quadrupole": dataset.quadrupole,
         "units": attributes["units"],
         "elements": attributes["elements"],
         "fingerprint": attributes["fingerprint"],
@@ -58,7 +82,6 @@ class Predictor:
             passport: of its checkpoint.
         """
         self.potential = potential.eval()
-        self.cutoff: float = potential_config(passport["potential"]).cutoff
         self.quantities: list[str] = list(passport["quantities"])
         self.fit = SelfEnergyFit(values=passport["self_energies"], **passport["fit"])
 
@@ -78,14 +101,22 @@ class Predictor:
             )
         checkpoint = torch.load(file, map_location=device, weights_only=True)
         passport = checkpoint.get("runner", {})
-        if passport.get("checkpoint_version") != CHECKPOINT_VERSION:
+        while (version := passport.get("checkpoint_version")) in UPGRADES:
+            UPGRADES[version](checkpoint)
+        if version != CHECKPOINT_VERSION:
             raise RunError(
                 "the checkpoint was not written by this version of runner",
                 where=str(file),
-                allowed=f"checkpoint version {CHECKPOINT_VERSION}",
+                allowed=f"checkpoint versions up to {CHECKPOINT_VERSION}",
             )
         config = potential_config(passport["potential"])
-        potential = build_potential(config, passport["quantities"], passport["statistics"]["train"])
+        potential = build_potential(
+            config,
+            passport["quantities"],
+            passport["statistics"]["train"],
+            passport["elements"],
+            passport["quadrupole"],
+        )
         prefix = "potential."
         potential.load_state_dict(
             {
@@ -107,7 +138,8 @@ class Predictor:
             float64 arrays by name, as `runner.fields` shapes them; `energy` is absolute, eV.
 
         Raises:
-            InputError: there are no atoms, or some of them are nowhere.
+            InputError: there are no atoms, or some of them are nowhere; a total charge or a spin
+                multiplicity that the potential needs is not there.
             SelfEnergyError: an element, or a composition, that the training data says nothing
                 about.
         """
@@ -125,11 +157,19 @@ class Predictor:
             structures.first_atom, structures.atoms["atomic_numbers"]
         )
         check_covered(self.fit, elements, composition, lambda index: where or f"structure {index}")
-        device = self.potential.scale.device
-        batch = make_batch(structures, self.cutoff, self.potential.scale.dtype).to(device)
+        for name in sorted(self.potential.inputs):
+            if not np.isfinite(structures.structures.get(name, np.array(np.nan))).all():
+                raise InputError(
+                    f"the potential needs the {name} of every structure, and one has none",
+                    where=where,
+                    remedy=f'give it; with the ASE calculator as atoms.info["{name}"]',
+                )
+        potential = self.potential
+        batch = make_batch(structures, potential.cutoff, potential.dtype, potential.near)
+        batch = batch.to(potential.device)
         prediction = {
             name: value.detach().cpu().double().numpy()
-            for name, value in self.potential(batch, stress=True).items()
+            for name, value in potential(batch, stress=True).items()
             if name in LABELS
         }
         offsets = sum_of_self_energies(self.fit.values, elements, composition)

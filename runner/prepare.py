@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase.data import chemical_symbols
 from rich.console import RenderableType
 
 from runner import sources
@@ -500,20 +501,44 @@ def statistics(structures: Structures, order: np.ndarray, n_train: int) -> dict[
     per_atom = per_atom[np.isfinite(per_atom)]
     train["energy_per_atom_mean"] = float(per_atom.mean()) if len(per_atom) else None
     train["energy_per_atom_std"] = float(per_atom.std()) if len(per_atom) else None
-    train["forces_rms"] = _forces_rms(structures, chosen)
-    return {"coverage": coverage, "train": train}
+    train["energy_by_element"] = _energy_by_element(structures, energies, chosen)
+    return {"coverage": coverage, "train": train | _forces_rms(structures, chosen)}
 
 
-def _forces_rms(structures: Structures, chosen: np.ndarray) -> float | None:
-    """Root mean square component of the forces, eV/Å; None where there are none."""
-    total, n = 0.0, 0
+def _energy_by_element(
+    structures: Structures, energies: np.ndarray, chosen: np.ndarray
+) -> dict[str, float] | None:
+    """Least squares of energies on compositions, eV by element; None where there are none."""
+    elements, composition = compositions(structures.first_atom, structures.atoms["atomic_numbers"])
+    chosen = chosen[np.isfinite(energies[chosen])]
+    if not len(chosen):
+        return None
+    distinct, owner, counts = distinct_compositions(composition[chosen])
+    means = np.bincount(owner, energies[chosen]) / counts
+    present = np.flatnonzero(distinct.any(axis=0))
+    root = np.sqrt(counts)[:, None]
+    found, *_ = np.linalg.lstsq(distinct[:, present] * root, means * root[:, 0], rcond=None)
+    symbols = [elements[column] for column in present.tolist()]
+    return dict(zip(symbols, found.tolist(), strict=True))
+
+
+def _forces_rms(structures: Structures, chosen: np.ndarray) -> dict[str, Any]:
+    """Root mean square component of the forces, eV/Å, of all and by element; None of nothing."""
+    totals, counts = np.zeros(len(chemical_symbols)), np.zeros(len(chemical_symbols))
     if "forces" in structures.atoms:
         for start, stop in blocks_of(np.diff(structures.first_atom)[chosen]):
             rows = ragged_rows(structures.first_atom, chosen[start:stop])
-            forces = structures.atoms["forces"][rows]
-            finite = forces[np.isfinite(forces)]
-            total, n = total + float(finite @ finite), n + finite.size
-    return float(np.sqrt(total / n)) if n else None
+            forces, numbers = structures.atoms["forces"][rows], structures.atoms["atomic_numbers"]
+            whole = np.isfinite(forces).all(axis=1)
+            numbers, squares = numbers[rows][whole], np.square(forces[whole]).sum(axis=1)
+            totals += np.bincount(numbers, squares, len(totals))
+            counts += 3 * np.bincount(numbers, minlength=len(counts))
+    there = np.flatnonzero(counts)
+    by_element = {chemical_symbols[z]: float(np.sqrt(totals[z] / counts[z])) for z in there}
+    return {
+        "forces_rms": float(np.sqrt(totals.sum() / counts.sum())) if len(there) else None,
+        "forces_rms_by_element": by_element or None,
+    }
 
 
 def energy_range(

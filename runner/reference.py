@@ -9,12 +9,17 @@ from typing import Any
 from pydantic import BaseModel
 
 from runner.config import (
+    ArchitectureConfig,
     AtomLossConfig,
     BatchConfig,
+    ChargesConfig,
+    CoulombConfig,
     DataConfig,
     EarlyStoppingConfig,
+    EnergyConfig,
     EnergyLossConfig,
     FilterConfig,
+    ForeignConfig,
     LabelConfig,
     OptimizerConfig,
     PaiNNConfig,
@@ -31,6 +36,7 @@ from runner.config import (
     TrainConfig,
     TrainerConfig,
     WeightsConfig,
+    ZBLConfig,
 )
 from runner.fields import LABELS, POSITIONS
 
@@ -48,9 +54,15 @@ TABLES: dict[str, type[BaseModel]] = {
     "[train.batch]": BatchConfig,
     "[train.data]": DataConfig,
     "`weights` of `[train.data]`": WeightsConfig,
+    "`[train.potential]` of any name": ArchitectureConfig,
+    "[train.potential.energy]": EnergyConfig,
+    "[train.potential.charges]": ChargesConfig,
+    "[train.potential.coulomb]": CoulombConfig,
+    "[train.potential.zbl]": ZBLConfig,
     "`[train.potential]` with the name `painn`": PaiNNConfig,
     "`[train.potential]` with the name `schnet`": SchNetConfig,
     "`[train.potential]` with the name `tensornet`": TensorNetConfig,
+    "`[train.potential]` with another name": ForeignConfig,
     "[train.loss.energy]": EnergyLossConfig,
     "`[train.loss.forces]` and those of other labels": AtomLossConfig,
     "[train.optimizer]": OptimizerConfig,
@@ -88,10 +100,10 @@ def _about(section: type[BaseModel]) -> str:
 
 
 def _table(section: type[BaseModel]) -> Iterator[str]:
-    """A row a key; of a class that adds keys to those of a label, only those that it adds."""
+    """A row a key; of a class that adds keys to those of another table, only those that it adds."""
     schema = section.model_json_schema()
-    below = set(LabelConfig.model_fields) if issubclass(section, LabelConfig) else set()
-    below -= set(section.model_fields) if section is LabelConfig else set()
+    shared = [base for base in TABLES.values() if issubclass(section, base) and base is not section]
+    below = {key for base in shared for key in base.model_fields} - set(section.__annotations__)
     yield "| key | what | default | meaning |"
     yield "|---|---|---|---|"
     for key, entry in schema["properties"].items():

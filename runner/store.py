@@ -16,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -27,7 +27,7 @@ from runner.errors import DatasetError
 from runner.structures import Structures, ragged_rows
 
 SCHEMA_VERSION = 2
-TRANSFORMATION_VERSION = 1  # raise when the same input would give other numbers
+TRANSFORMATION_VERSION = 2  # raise when the same input would give other numbers
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 20
 ORIGIN = ("source", "source_index", "group", "level")  # where each structure came from
@@ -347,6 +347,13 @@ class PreparedDataset:
     def labels(self) -> dict[str, int]:
         """How many structures have each label that the dataset holds."""
         return dict(self.attributes["statistics"]["coverage"])
+
+    @property
+    def quadrupole(self) -> Literal["traced", "traceless"]:
+        """The convention of its quadrupoles; traced where there are none."""
+        sources = self.attributes["prepare"]["source"]
+        found = {s["quadrupole"]["convention"] for s in sources if s.get("quadrupole")}
+        return "traceless" if "traceless" in found else "traced"
 
     def _read(self, key: str, start: int, stop: int) -> np.ndarray:
         """Some rows of an array, every chunk of them checked.

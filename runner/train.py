@@ -110,12 +110,21 @@ def _train(
     lightning.seed_everything(config.seed, verbose=False)
     # filling fresh memory costs time and changes no number
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    data = PreparedDataModule(
-        dataset, config.batch, config.potential.cutoff, config.seed, config.data, terminal.say
-    )
-    quantities = {*config.loss.terms, *config.measured}
     potential = build_potential(
-        config.potential, quantities, dataset.attributes["statistics"]["train"]
+        config.potential,
+        {*config.loss.terms, *config.measured},
+        dataset.attributes["statistics"]["train"],
+        dataset.attributes["elements"],
+        dataset.quadrupole,
+    )
+    data = PreparedDataModule(
+        dataset,
+        config.batch,
+        potential.cutoff,
+        config.seed,
+        config.data,
+        terminal.say,
+        potential.near,
     )
     weights = sum(parameter.numel() for parameter in potential.parameters())
     terminal.say(f"potential {config.potential.name}, {weights} weights")
@@ -154,6 +163,16 @@ def _check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
                 where=f"train.{section}.{name}",
                 allowed=", ".join(dataset.labels),
                 remedy=f"map {name} in [[prepare.source]], or take it out of train.{section}",
+            )
+    for name in sorted(config.potential.needed_inputs):
+        n = dataset.labels.get(name, 0)
+        if n < len(dataset):
+            raise DatasetError(
+                f"the potential needs the {name} of every structure, and {len(dataset) - n} of "
+                f"{len(dataset)} have none",
+                where="train.potential",
+                remedy=f"map {name} in [[prepare.source]], such as {name} = {{ value = "
+                f"{int(name == 'spin_multiplicity')} }}, or do without it in train.potential",
             )
     start, stop = dataset.attributes["splits"]["val"]
     if start == stop:
@@ -427,11 +446,9 @@ def _parity_pairs(
     potential = module.potential.eval()
     quantities = {*module.config.loss.terms, *module.config.measured}
     for batch in data.loader("test"):
-        prediction = potential(batch.to(potential.scale.device), **module.derivatives)
+        prediction = potential(batch.to(potential.device), **module.derivatives)
         for name in quantities:
-            predicted, reference = labelled_components(
-                name, prediction, batch.to(potential.scale.device)
-            )
+            predicted, reference = labelled_components(name, prediction, batch.to(potential.device))
             pair = (reference.cpu().numpy(), predicted.cpu().numpy())
             collected.setdefault(name, []).append(pair)
     return {

@@ -49,7 +49,7 @@ def test_self_energies_are_added_in_double_precision(run: Path) -> None:
     predictor = Predictor.load(run)
     structures = springs(seed=5, n=8)
     absolute = predictor.predict(structures)["energy"]
-    relative = predictor.potential(make_batch(structures, predictor.cutoff))["energy"]
+    relative = predictor.potential(make_batch(structures, predictor.potential.cutoff))["energy"]
     z, first = structures.atoms["atomic_numbers"], structures.first_atom
     values = {Atoms(symbol).numbers[0]: e for symbol, e in predictor.fit.values.items()}
     for index in range(8):

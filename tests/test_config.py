@@ -116,7 +116,7 @@ error = "squred"
     ):
         assert f"{file}:{line}  {key}\n    {message}" in text
     assert "10 mistakes in the config" in text
-    assert "allowed: charges, dipole, energy, forces, stress, total_charge" in text
+    assert "allowed: charges, dipole, energy, forces, quadrupole, stress, total_charge" in text
     assert "allowed: 'squared', 'absolute' or 'huber'" in text
 
 
@@ -364,7 +364,8 @@ def test_a_value_in_place_of_a_table_is_refused_in_the_words_of_toml(
                 "    allowed: 'painn' or 'schnet'",
                 "9  train.potential.features\n    found 'many' (string); it should be of type int",
                 '10  train.potential.radial\n    unknown key; did you mean "radial_basis"?\n'
-                "    allowed: cutoff, features, interactions, name, radial_basis",
+                "    allowed: charges, coulomb, cutoff, energy, features, inputs, interactions, name, "
+                "radial_basis, zbl",
             ],
         ),
         (

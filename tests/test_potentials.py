@@ -13,7 +13,7 @@ from molecules import random_structures
 from runner.batches import make_batch
 from runner.config import ARCHITECTURES, LossConfig, PaiNNConfig, potential_config
 from runner.losses import Loss
-from runner.potentials import POTENTIALS, Potential, build_potential, charge_moments
+from runner.potentials import POTENTIALS, Potential, build_potential
 from runner.potentials.components import (
     BesselBasis,
     ExpNormalBasis,
@@ -21,6 +21,7 @@ from runner.potentials.components import (
     ShiftedSoftplus,
     cosine_cutoff,
 )
+from runner.potentials.physics import charge_moments
 from runner.potentials.tensornet import Matrices, matrix_product, part_norms
 from runner.structures import Structures, concatenate
 

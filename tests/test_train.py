@@ -94,7 +94,7 @@ def test_the_test_errors_are_those_of_the_best_checkpoint_over_all_components(
     dataset = find_prepared(config, config_file.parent / "prepared", "")
     predictor = Predictor.load(Path(result["run"]))
     structures = dataset.read("test")
-    values = predictor.potential(make_batch(structures, predictor.cutoff))
+    values = predictor.potential(make_batch(structures, predictor.potential.cutoff))
     prediction = {name: value.detach().double().numpy() for name, value in values.items()}
     energy = prediction["energy"] - structures.structures["energy"]
     forces = prediction["forces"] - structures.atoms["forces"]

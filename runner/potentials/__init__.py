@@ -1,8 +1,9 @@
-"""Potentials: an architecture gives per-atom energies and charges, physics gives the rest."""
+"""Potentials: an architecture gives energies and charges of atoms, physics gives the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from runner.batches import Batch
-from runner.config import ArchitectureConfig
+from runner.config import ArchitectureConfig, EnergyConfig, ForeignConfig
+from runner.fields import FROM_CHARGES
+from runner.potentials.foreign import build_foreign
 from runner.potentials.painn import PaiNN
+from runner.potentials.physics import (
+    ZBL,
+    AtomicEnergies,
+    Convention,
+    DampedCoulomb,
+    charge_moments,
+    equalised,
+)
 from runner.potentials.schnet import SchNet
 from runner.potentials.tensornet import TensorNet
 
@@ -22,24 +33,62 @@ POTENTIALS: dict[str, Callable[[Any, Collection[str]], nn.Module]] = {
     "tensornet": TensorNet,
 }
 
-FROM_CHARGES = frozenset({"charges", "total_charge", "dipole"})
-
 
 class Potential(nn.Module):
-    """Energies and what follows from them, for a batch of structures."""
+    """Energies and what follows from them, for a batch of structures.
 
-    scale: Tensor
+    Attributes:
+        architecture: a batch in; of the atoms `energies` (of order one), and maybe `charges` (e),
+            out.
+        energy: makes energies in eV of the architecture's.
+        terms: further energies of atoms, eV, from a batch and its charges.
+        cutoff: Å, up to which a batch needs pairs; infinite, all of each molecule.
+        near: Å, up to which the architecture sees, if that is less.
+        inputs: what a batch has to have, by name, beside atoms and pairs.
+        equalise: whether charges are made to sum to the total charge.
+        quadrupole: convention of the quadrupole; None, and there is none.
+    """
 
-    def __init__(self, architecture: nn.Module, scale: float = 1.0) -> None:
-        """Wrap an architecture.
+    def __init__(
+        self,
+        architecture: nn.Module,
+        config: ArchitectureConfig,
+        energy: AtomicEnergies | None = None,
+        quadrupole: Convention | None = None,
+    ) -> None:
+        """Put what a config asks for around an architecture.
 
         Args:
-            architecture: a batch in; `energies`, and maybe `charges` (e), of the atoms out.
-            scale: eV, that the architecture's energies are multiplied by.
+            architecture: see above.
+            config: the `[train.potential]` table.
+            energy: scale and shift of the energies; none, unless given.
+            quadrupole: convention of the quadrupole, if it is wanted.
         """
         super().__init__()
         self.architecture = architecture
-        self.register_buffer("scale", torch.tensor(scale))
+        self.energy = energy or AtomicEnergies(EnergyConfig(scale="none"), {})
+        self.terms = nn.ModuleDict()
+        self.cutoff, self.near = config.cutoff, None
+        if config.zbl is not None:
+            self.terms["zbl"] = ZBL(config.zbl.cutoff or config.cutoff)
+        if config.coulomb is not None:
+            far = config.coulomb.cutoff or math.inf
+            self.terms["coulomb"] = DampedCoulomb(config.cutoff, far)
+            if far > config.cutoff:
+                self.cutoff, self.near = far, config.cutoff
+        self.inputs = config.needed_inputs
+        self.equalise = config.charges is not None and config.charges.equalise
+        self.quadrupole = quadrupole
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its floating-point numbers."""
+        return self.energy.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.energy.scale.device
 
     def forward(
         self, batch: Batch, *, forces: bool = True, stress: bool = False
@@ -52,7 +101,7 @@ class Potential(nn.Module):
         only, where the loss is differentiated through them.
 
         Args:
-            batch: structures, with pairs within the architecture's cutoff.
+            batch: structures, with pairs within `cutoff` and, of those, which are within `near`.
             forces: whether to differentiate the energy for them.
             stress: whether to differentiate the energy for it.
 
@@ -64,10 +113,16 @@ class Potential(nn.Module):
         with torch.set_grad_enabled(forces or stress or torch.is_grad_enabled()):
             positions = batch.positions.detach().requires_grad_(forces)
             strain = positions.new_zeros((batch.n_structures, 3, 3), requires_grad=stress)
-            atomic = self.architecture(
-                strained(batch.at(positions), strain) if stress else batch.at(positions)
-            )
-            energy = batch.sum_by_structure(atomic["energies"] * self.scale)
+            here = batch.at(positions)
+            here = strained(here, strain) if stress else here
+            atomic = self.architecture(here.nearest())
+            charges = atomic.get("charges")
+            if charges is not None and self.equalise:
+                charges = equalised(charges, batch)
+            energies = self.energy(atomic["energies"], batch.atomic_numbers)
+            for term in self.terms.values():
+                energies = energies + term(here, charges)
+            energy = batch.sum_by_structure(energies)
             prediction = {"energy": energy}
             sought = [t for t, asked in ((positions, forces), (strain, stress)) if asked]
             if sought:
@@ -78,8 +133,8 @@ class Potential(nn.Module):
                     prediction["forces"] = -gradients[0]
                 if stress:
                     prediction["stress"] = _per_volume(gradients[-1], batch)
-        if "charges" in atomic:
-            prediction |= charge_moments(batch, atomic["charges"])
+        if charges is not None:
+            prediction |= charge_moments(batch, charges, self.quadrupole)
         return prediction
 
 
@@ -101,27 +156,33 @@ def _per_volume(
     return divided.masked_fill(volume == 0, torch.nan)
 
 
-def charge_moments(
-    batch: Batch, charges: Float[Tensor, " n_atoms"]
-) -> dict[str, Float[Tensor, "n ..."]]:
-    """`charges` with their sum `total_charge` (e) and first moment `dipole` (e·Å)."""
-    return {
-        "charges": charges,
-        "total_charge": batch.sum_by_structure(charges),
-        "dipole": batch.sum_by_structure(charges.unsqueeze(-1) * batch.positions),
-    }
-
-
 def build_potential(
-    config: ArchitectureConfig, quantities: Collection[str], statistics: Mapping[str, Any]
+    config: ArchitectureConfig,
+    quantities: Collection[str],
+    statistics: Mapping[str, Any],
+    elements: Sequence[str] = (),
+    quadrupole: Convention = "traced",
 ) -> Potential:
     """A potential with random weights.
 
     Args:
         config: the `[train.potential]` table.
         quantities: what it has to predict; charges are there only if something asks for them.
-        statistics: of the training split; energies are scaled by its spread per atom.
+        statistics: of the training split, for the scale and the shift of the energies.
+        elements: symbols of those in the data, for architectures that are built for some only.
+        quadrupole: convention of the data's quadrupoles.
+
+    Raises:
+        ConfigError: a class of the user's cannot be found, or does not fit.
+        DatasetError: the data lacks a statistic that is asked for.
     """
-    heads = {"charges"} if FROM_CHARGES & set(quantities) else set()
-    spread = statistics.get("energy_per_atom_std") or 1.0
-    return Potential(POTENTIALS[config.name](config, heads), spread)
+    charged = FROM_CHARGES & set(quantities) or config.coulomb or config.charges
+    heads = {"charges"} if charged else set()
+    if isinstance(config, ForeignConfig):
+        architecture = build_foreign(config, heads, elements)
+    else:
+        architecture = POTENTIALS[config.name](config, heads)
+    energy = AtomicEnergies(config.energy, statistics)
+    return Potential(
+        architecture, config, energy, quadrupole if "quadrupole" in quantities else None
+    )

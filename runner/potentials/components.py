@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,106 @@ def pair_vectors(
         separation = separation + (batch.shifts.to(cell.dtype).unsqueeze(1) @ cell).squeeze(1)
     distance = torch.linalg.vector_norm(separation, dim=-1)
     return distance, separation / distance.unsqueeze(-1)
+
+
+class AtomEmbedding(nn.Module):
+    r"""Features that atoms begin with: of their element and, if asked for, of the electrons.
+
+    What a structure has of total charge or of unpaired electrons, Ψ, is spread over its atoms by
+    attention: atom i has the share :math:`a_i = \Psi s_i/\sum_j s_j` with :math:`s_i =
+    \mathrm{softplus}(q_i \cdot k/\sqrt{F})`, where the query q is linear in the element's features,
+    and key k and value v are learnt, others for a negative Ψ. Added is :math:`g(a_i v)` with a
+    network g without biases: nothing where Ψ is zero.
+
+    Source:
+        Unke et al., Nat. Commun. 12, 7273 (2021), doi:10.1038/s41467-021-27504-0: SpookyNet's
+        initial atomic features, with one residual layer.
+    """
+
+    def __init__(self, features: int, inputs: Collection[str] = ()) -> None:
+        """Build for so many features.
+
+        Args:
+            features: of an atom.
+            inputs: "total_charge", "spin_multiplicity", both or none.
+        """
+        super().__init__()
+        self.elements = nn.Embedding(N_ELEMENTS, features)
+        self.electrons = nn.ModuleDict({name: Electrons(features) for name in sorted(inputs)})
+
+    def forward(self, batch: Batch) -> Float[Tensor, "n_atoms features"]:
+        """Features of the atoms."""
+        features: Tensor = self.elements(batch.atomic_numbers)
+        added = [electrons(features, batch) for electrons in self._of(batch)]
+        return torch.stack([features, *added]).sum(0) if added else features
+
+    def _of(self, batch: Batch) -> Iterator[Callable[[Tensor, Batch], Tensor]]:
+        for name, module in self.electrons.items():
+            amount = batch.labels[name] - (1.0 if name == "spin_multiplicity" else 0.0)
+            yield functools.partial(module, amount=amount)
+
+
+class Electrons(nn.Module):
+    """One amount of electrons, spread over the atoms of each structure."""
+
+    def __init__(self, features: int) -> None:
+        """Build for so many features."""
+        super().__init__()
+        self.query = linear(features, features)
+        self.keys = nn.Parameter(torch.randn(2, features))
+        self.values = nn.Parameter(torch.randn(2, features))
+        self.residual = nn.Sequential(
+            nn.SiLU(),
+            linear(features, features, bias=False),
+            nn.SiLU(),
+            linear(features, features, bias=False),
+        )
+
+    def forward(
+        self,
+        elements: Float[Tensor, "n_atoms features"],
+        batch: Batch,
+        amount: Float[Tensor, " n_structures"],
+    ) -> Float[Tensor, "n_atoms features"]:
+        """What is added to the features of atoms."""
+        sign = (amount < 0).long().index_select(0, batch.structure)
+        aligned = (self.query(elements) * self.keys.index_select(0, sign)).sum(-1)
+        attention = nn.functional.softplus(aligned / math.sqrt(elements.shape[-1]))
+        per_attention = amount / batch.sum_by_structure(attention)
+        share = attention * per_attention.index_select(0, batch.structure)
+        spread = share.unsqueeze(-1) * self.values.index_select(0, sign)
+        change: Tensor = self.residual(spread)
+        return spread + change
+
+
+class Readouts(nn.ModuleDict):
+    """A number an atom for the energy, and for each head, by two layers from its features."""
+
+    def __init__(
+        self,
+        features: int,
+        heads: Collection[str],
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        """Build.
+
+        Args:
+            features: of an atom.
+            heads: what is read out beside the energies: "charges", or nothing.
+            activation: between the layers.
+        """
+        super().__init__(
+            {
+                name: mlp(features, features // 2, 1, activation=activation)
+                for name in ("energies", *sorted(heads))
+            }
+        )
+
+    def forward(
+        self, features: Float[Tensor, "n_atoms features"]
+    ) -> dict[str, Float[Tensor, " n_atoms"]]:
+        """Per-atom `energies` (of order one: a scale comes on top), and `charges` in e."""
+        return {name: readout(features).squeeze(-1) for name, readout in self.items()}
 
 
 class BesselBasis(nn.Module):

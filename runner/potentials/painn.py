@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from runner.batches import Batch
 from runner.config import PaiNNConfig
 from runner.potentials.components import (
-    N_ELEMENTS,
+    AtomEmbedding,
     BesselBasis,
+    Readouts,
     cosine_cutoff,
     mlp,
     pair_vectors,
@@ -41,29 +42,26 @@ class PaiNN(nn.Module):
         super().__init__()
         self.config = config
         features = config.features
-        self.embedding = nn.Embedding(N_ELEMENTS, features)
+        self.embedding = AtomEmbedding(features, config.inputs)
         self.basis = BesselBasis(config.radial_basis, config.cutoff)
         # the filters of all interactions in one product: rows of a narrow matrix cost more alone
         self.filters = mlp(config.radial_basis, config.interactions * 3 * features)
         self.messages = nn.ModuleList(Message(features) for _ in range(config.interactions))
         self.updates = nn.ModuleList(Update(features) for _ in range(config.interactions))
-        self.energies = mlp(features, features // 2, 1)
-        self.charges = mlp(features, features // 2, 1) if "charges" in heads else None
+        self.readouts = Readouts(features, heads)
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, " n_atoms"]]:
-        """Per-atom `energies` (of order one: a scale comes on top), and `charges` in e."""
+        """Per-atom `energies`, of order one, and what else the heads read out."""
         distance, direction = pair_vectors(batch)
         envelope = cosine_cutoff(distance, self.config.cutoff).unsqueeze(-1)
         filters = self.filters(self.basis(distance)) * envelope
-        scalars = self.embedding(batch.atomic_numbers)
+        scalars = self.embedding(batch)
         vectors = scalars.new_zeros((scalars.shape[0], 3, self.config.features))
         per_layer = filters.split(3 * self.config.features, dim=-1)
         for message, update, w in zip(self.messages, self.updates, per_layer, strict=True):
             scalars, vectors = message(scalars, vectors, w, direction, batch.pairs)
             scalars, vectors = update(scalars, vectors)
-        output = {"energies": self.energies(scalars).squeeze(-1)}
-        if self.charges is not None:
-            output["charges"] = self.charges(scalars).squeeze(-1)
+        output: dict[str, Tensor] = self.readouts(scalars)
         return output
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from runner.batches import Batch
 from runner.config import SchNetConfig
 from runner.potentials.components import (
-    N_ELEMENTS,
+    AtomEmbedding,
     GaussianBasis,
+    Readouts,
     ShiftedSoftplus,
     cosine_cutoff,
     linear,
@@ -49,28 +50,21 @@ class SchNet(nn.Module):
         super().__init__()
         self.config = config
         features = config.features
-        self.embedding = nn.Embedding(N_ELEMENTS, features)
+        self.embedding = AtomEmbedding(features, config.inputs)
         self.basis = GaussianBasis(config.radial_basis, config.cutoff)
         self.filters = Filters(config.radial_basis, config.interactions, features)
         self.interactions = nn.ModuleList(Interaction(features) for _ in range(config.interactions))
-        self.energies = mlp(features, features // 2, 1, activation=ShiftedSoftplus)
-        self.charges = (
-            mlp(features, features // 2, 1, activation=ShiftedSoftplus)
-            if "charges" in heads
-            else None
-        )
+        self.readouts = Readouts(features, heads, ShiftedSoftplus)
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, " n_atoms"]]:
-        """Per-atom `energies` (of order one: a scale comes on top), and `charges` in e."""
+        """Per-atom `energies`, of order one, and what else the heads read out."""
         distance, _ = pair_vectors(batch)
         envelope = cosine_cutoff(distance, self.config.cutoff).unsqueeze(-1)
         filters = self.filters(self.basis(distance)) * envelope
-        atoms = self.embedding(batch.atomic_numbers)
+        atoms = self.embedding(batch)
         for interaction, w in zip(self.interactions, filters.unbind(), strict=True):
             atoms = atoms + interaction(atoms, w, batch.pairs)
-        output = {"energies": self.energies(atoms).squeeze(-1)}
-        if self.charges is not None:
-            output["charges"] = self.charges(atoms).squeeze(-1)
+        output: dict[str, Tensor] = self.readouts(atoms)
         return output
 
 

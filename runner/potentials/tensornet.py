@@ -13,10 +13,10 @@ from torch.nn.functional import silu
 from runner.batches import Batch
 from runner.config import TensorNetConfig
 from runner.potentials.components import (
-    N_ELEMENTS,
+    AtomEmbedding,
     ExpNormalBasis,
+    Readouts,
     cosine_cutoff,
-    mlp,
     pair_vectors,
 )
 
@@ -100,7 +100,8 @@ class TensorNet(Matrices):
         - norms are squared Frobenius norms, and have a smooth slope at zero;
         - the readout is a layer of `features` and one of half as many, each with SiLU.
 
-        Left out are its charges of whole molecules (the factor 1 + 0.1 q), and the SO(3) variant.
+        Left out are its charges of whole molecules (the factor 1 + 0.1 q; `inputs` has another
+        way), and the SO(3) variant.
         graph-pes 1.0.2 is another model: no atom is its own neighbour, messages carry the parts
         of X instead of those of Y, filters have a layer less, the basis is trained, neither
         stretched nor cut off, Z_ij has no bias, the readout has one hidden layer, and energies
@@ -117,26 +118,23 @@ class TensorNet(Matrices):
         super().__init__()
         self.config = config
         features = config.features
-        self.embedding = Embedding(features)
+        self.embedding = Embedding(features, config.inputs)
         self.filters = Filters(config)
         self.interactions = nn.ModuleList(Interaction(features) for _ in range(config.interactions))
         self.norm = nn.LayerNorm(3 * features)
         self.readout = nn.Linear(3 * features, features)
-        self.energies = mlp(features, features // 2, 1)
-        self.charges = mlp(features, features // 2, 1) if "charges" in heads else None
+        self.readouts = Readouts(features, heads)
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, " n_atoms"]]:
-        """Per-atom `energies` (of order one: a scale comes on top), and `charges` in e."""
+        """Per-atom `energies`, of order one, and what else the heads read out."""
         distance, direction = pair_vectors(batch)
         first, *filters = self.filters(distance)
         first_own, *filters_own = self.filters(distance.new_zeros(1))
-        x = self.embedding(batch.atomic_numbers, first, first_own, direction, batch.pairs)
+        x = self.embedding(batch, first, first_own, direction)
         for interaction, w, w_own in zip(self.interactions, filters, filters_own, strict=True):
             x = interaction(x, w, w_own, batch.pairs)
         scalars = silu(self.readout(self.norm(part_norms(self.decompose(x)))))
-        output = {"energies": self.energies(scalars).squeeze(-1)}
-        if self.charges is not None:
-            output["charges"] = self.charges(scalars).squeeze(-1)
+        output: dict[str, Tensor] = self.readouts(scalars)
         return output
 
 
@@ -173,10 +171,10 @@ class Filters(nn.Module):
 class Embedding(Matrices):
     """An atom's matrices from its neighbours' elements, distances and directions."""
 
-    def __init__(self, features: int) -> None:
-        """Build for so many channels."""
+    def __init__(self, features: int, inputs: Collection[str]) -> None:
+        """Build for so many channels, with these inputs beside the elements."""
         super().__init__()
-        self.elements = nn.Embedding(N_ELEMENTS, features)
+        self.elements = AtomEmbedding(features, inputs)
         # Z_ij is linear in both elements' vectors: mixed atom by atom, added pair by pair
         self.centre = nn.Linear(features, features)
         self.neighbor = nn.Linear(features, features, bias=False)
@@ -191,15 +189,14 @@ class Embedding(Matrices):
 
     def forward(
         self,
-        atomic_numbers: Tensor,
+        batch: Batch,
         filters: Float[Tensor, "n_pairs 3 channels"],
         filters_own: Float[Tensor, "1 3 channels"],
         direction: Float[Tensor, "n_pairs 3"],
-        pairs: Tensor,
     ) -> Float[Tensor, "n_atoms 3 3 channels"]:
         """Matrices of the atoms."""
-        i, j = pairs
-        elements = self.elements(atomic_numbers)
+        i, j = batch.pairs
+        elements = self.elements(batch)
         centre, neighbor = self.centre(elements), self.neighbor(elements)
         z = centre.index_select(0, i) + neighbor.index_select(0, j)
         w_i, w_a, w_s = (filters * z.unsqueeze(1)).chunk(3, dim=1)
