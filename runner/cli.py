@@ -96,6 +96,35 @@ def run(
     _print_json({"prepare": prepared, "train": trained}, as_json)
 
 
+@app.command(name="check-potential", short_help="Try whether a potential obeys physics.")
+def check_potential(
+    name: Annotated[
+        str,
+        typer.Argument(help="As in train.potential.name: painn, or your own package.module:Class."),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A key of [train.potential]; repeatable."),
+    ] = None,
+    element: Annotated[
+        list[str] | None, typer.Option(help="Element to try; repeatable [default: H C N O].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try whether a potential, with random weights, obeys physics and can be trained."""
+    from ase.data import chemical_symbols
+
+    from runner.check_potential import check_potential as verb
+    from runner.errors import ConfigError
+    from runner.terminal import Terminal
+
+    elements = element or ["H", "C", "N", "O"]
+    unknown = [symbol for symbol in elements if symbol not in chemical_symbols[1:]]
+    if unknown:
+        raise ConfigError(f"there is no element {unknown[0]}", where="--element")
+    _print_json(verb(name, settings or [], elements, Terminal(stderr=as_json)), as_json)
+
+
 @app.command(short_help="Print the JSON schema of the config.")
 def schema(
     reference: Annotated[

@@ -10,7 +10,7 @@ import importlib.metadata
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -1009,7 +1009,27 @@ def load_config(path: Path, settings: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(document.tables)
     except ValidationError as error:
-        raise ConfigError(_describe(error, document)) from None
+        raise ConfigError(_describe(error.errors(), document)) from None
+
+
+def potential_of_settings(name: str, settings: Sequence[str]) -> ArchitectureConfig:
+    """A `[train.potential]` table without a file.
+
+    Args:
+        name: of the potential.
+        settings: `KEY=VALUE` strings, with keys of the table.
+
+    Raises:
+        ConfigError: with every mistake that there is.
+    """
+    document = Document({"train": {"potential": {"name": name}}})
+    for setting in settings:
+        _apply_setting(document, f"train.potential.{setting}")
+    try:
+        return potential_config(document.tables["train"]["potential"])
+    except ValidationError as error:
+        inside = [{**one, "loc": ("train", "potential", *one["loc"])} for one in error.errors()]
+        raise ConfigError(_describe(typing.cast(list[ErrorDetails], inside), document)) from None
 
 
 def resolved_toml(config: Config) -> str:
@@ -1191,9 +1211,9 @@ def _lines(text: bytes) -> Iterator[tuple[Location, int]]:
 # --------------------------------------------------------------------------------------------------
 
 
-def _describe(error: ValidationError, document: Document) -> str:
+def _describe(errors: Iterable[ErrorDetails], document: Document) -> str:
     """Every mistake of a config, in the order of the file."""
-    found = [one for details in error.errors() for one in _spelt_out(details, document.tables)]
+    found = [one for details in errors for one in _spelt_out(details, document.tables)]
     mistakes = [_describe_one(details, document) for details in found]
     head = (
         "the config has a mistake"

@@ -50,6 +50,7 @@ FLOORS: dict[str, int] = {
     "runner.losses": 2,
     "runner.compiled": 2,
     "runner.metrics": 2,
+    "runner.conformance": 2,
     "runner.potentials": 2,
     "runner.potentials.components": 2,
     "runner.potentials.painn": 2,
@@ -64,6 +65,7 @@ FLOORS: dict[str, int] = {
     "runner.calculator": 3,
     "runner.prepare": 4,
     "runner.train": 4,
+    "runner.check_potential": 4,
     "runner.cli": 5,
     "runner.__main__": 5,
 }

@@ -364,8 +364,8 @@ def test_a_value_in_place_of_a_table_is_refused_in_the_words_of_toml(
                 "    allowed: 'painn' or 'schnet'",
                 "9  train.potential.features\n    found 'many' (string); it should be of type int",
                 '10  train.potential.radial\n    unknown key; did you mean "radial_basis"?\n'
-                "    allowed: charges, coulomb, cutoff, energy, features, inputs, interactions, name, "
-                "radial_basis, zbl",
+                "    allowed: charges, coulomb, cutoff, energy, features, inputs, interactions, "
+                "name, radial_basis, zbl",
             ],
         ),
         (

@@ -1,4 +1,4 @@
-"""Potentials against the laws of physics, in float64."""
+"""Potentials and their pieces; the laws of physics are asked in test_conformance.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
 from molecules import random_structures
 
 from runner.batches import make_batch
@@ -55,115 +54,6 @@ def _of(numbers: list[int], positions: list[list[float]]) -> Structures:
     return Structures(np.array([0, len(numbers)]), atoms, {})
 
 
-def _forces_by_finite_differences(potential: Potential, structures: Structures) -> np.ndarray:
-    """The predicted forces, compared with the slopes of the energy."""
-    forces = _predict(potential, structures)["forces"]
-    step = 1e-5
-    for atom, axis in np.ndindex(*forces.shape):
-        energies = []
-        for sign in (1, -1):
-            positions = structures.atoms["positions"].copy()
-            positions[atom, axis] += sign * step
-            energies.append(_predict(potential, _moved(structures, positions))["energy"].sum())
-        slope = -(energies[0] - energies[1]) / (2 * step)
-        assert forces[atom, axis] == pytest.approx(slope, abs=1e-8, rel=1e-6)
-    return forces
-
-
-def test_forces_are_minus_the_gradient_by_finite_differences(potential: Potential) -> None:
-    forces = _forces_by_finite_differences(potential, random_structures([6, 3, 1]))
-    assert forces.shape == (10, 3)
-    assert np.abs(forces).max() > 1e-2
-
-
-@pytest.mark.parametrize("reflect", [False, True])
-def test_rotation_and_reflection(potential: Potential, reflect: bool) -> None:
-    structures = random_structures([7, 4])
-    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
-    q *= np.sign(np.linalg.det(q)) * (-1 if reflect else 1)
-    before = _predict(potential, structures)
-    after = _predict(potential, _moved(structures, structures.atoms["positions"] @ q.T))
-    for name in ("energy", "charges", "total_charge"):
-        assert after[name] == pytest.approx(before[name], abs=1e-10)
-    for name in ("forces", "dipole"):
-        assert after[name] == pytest.approx(before[name] @ q.T, abs=1e-10)
-
-
-def test_translation_leaves_energies_and_moves_the_dipole_of_an_ion(potential: Potential) -> None:
-    structures = random_structures([5])
-    shift = np.array([10.0, -3.0, 2.0])
-    before = _predict(potential, structures)
-    after = _predict(potential, _moved(structures, structures.atoms["positions"] + shift))
-    for name in ("energy", "forces", "charges"):
-        assert after[name] == pytest.approx(before[name], abs=1e-10)
-    expected = before["dipole"] + before["total_charge"][:, None] * shift
-    assert after["dipole"] == pytest.approx(expected, abs=1e-9)
-
-
-def test_permutation_of_atoms(potential: Potential) -> None:
-    structures = random_structures([8])
-    order = np.random.default_rng(1).permutation(8)
-    atoms = {name: array[order] for name, array in structures.atoms.items()}
-    before, after = (
-        _predict(potential, structures),
-        _predict(potential, replace(structures, atoms=atoms)),
-    )
-    assert after["energy"] == pytest.approx(before["energy"], abs=1e-12)
-    for name in ("forces", "charges"):
-        assert after[name] == pytest.approx(before[name][order], abs=1e-12)
-
-
-def test_exchanging_two_neighbours_elements_changes_the_energy(potential: Potential) -> None:
-    positions = [[0.0, 0, 0], [1.1, 0, 0], [0, 1.7, 0]]
-    one = _predict(potential, _of([6, 1, 8], positions))["energy"][0]
-    other = _predict(potential, _of([6, 8, 1], positions))["energy"][0]
-    assert abs(one - other) > 1e-4
-
-
-def test_a_batch_gives_what_its_structures_give_alone(potential: Potential) -> None:
-    structures = random_structures([4, 1, 9, 2])
-    together = _predict(potential, structures)
-    for index in range(4):
-        alone = _predict(potential, structures.take(np.array([index])))
-        rows = slice(structures.first_atom[index], structures.first_atom[index + 1])
-        for name in ("energy", "dipole", "total_charge"):
-            assert together[name][index] == pytest.approx(alone[name][0], abs=1e-12)
-        for name in ("forces", "charges"):
-            assert together[name][rows] == pytest.approx(alone[name], abs=1e-12)
-
-
-def test_energy_and_forces_are_continuous_across_the_cutoff(potential: Potential) -> None:
-    def at(distance: float) -> tuple[float, float]:
-        structures = _of([8, 1, 6], [[0, 0, 0], [0.9, 0.3, 0], [distance, 0, 0]])
-        prediction = _predict(potential, structures)
-        return float(prediction["energy"][0]), float(prediction["forces"][2, 0])
-
-    step = 1e-4
-    inside, outside = at(CUTOFF - step), at(CUTOFF + step)
-    work = step * (inside[1] + outside[1])  # against the second atom, which stays within
-    assert inside[0] - outside[0] == pytest.approx(work, abs=1e-8)
-    assert inside[1] == pytest.approx(outside[1], abs=1e-2 * step**0.5)
-    assert abs(at(CUTOFF - 1.0)[1]) > 1e-4  # the third atom does interact inside the cutoff
-
-
-def test_energies_of_distant_molecules_add(potential: Potential) -> None:
-    parts = [random_structures([5], seed=1), random_structures([3], seed=2)]
-    far = _moved(parts[1], parts[1].atoms["positions"] + 50.0)
-    joint = Structures(
-        np.array([0, 8]),
-        {name: np.concatenate([parts[0].atoms[name], far.atoms[name]]) for name in far.atoms},
-        {},
-    )
-    separate = _predict(potential, concatenate(parts))["energy"].sum()
-    assert _predict(potential, joint)["energy"][0] == pytest.approx(separate, abs=1e-10)
-
-
-def test_an_atom_without_neighbours_has_an_energy_and_no_force(potential: Potential) -> None:
-    prediction = _predict(potential, _of([7], [[1.0, 2.0, 3.0]]))
-    assert np.isfinite(prediction["energy"]).all()
-    assert (prediction["forces"] == 0).all()
-
-
 def _crystal(pbc: tuple[bool, bool, bool] = (True, True, True)) -> Structures:
     """Three atoms in a triclinic cell that is smaller than the cutoff."""
     atoms = {
@@ -172,64 +62,6 @@ def _crystal(pbc: tuple[bool, bool, bool] = (True, True, True)) -> Structures:
     }
     cell = np.array([[[3.1, 0, 0], [0.6, 3.3, 0], [-0.4, 0.5, 3.6]]])
     return Structures(np.array([0, 3]), atoms, {"cell": cell, "pbc": np.array([pbc])})
-
-
-def _deformed(structures: Structures, matrix: np.ndarray) -> Structures:
-    moved = _moved(structures, structures.atoms["positions"] @ matrix)
-    cell = structures.structures["cell"] @ matrix
-    return replace(moved, structures=structures.structures | {"cell": cell})
-
-
-@pytest.mark.parametrize("pbc", [(True, True, True), (True, False, True)])
-def test_stress_is_the_slope_of_the_energy_with_strain(
-    potential: Potential, pbc: tuple[bool, bool, bool]
-) -> None:
-    structures = _crystal(pbc)
-    batch = make_batch(structures, CUTOFF, torch.float64)
-    stress = potential(batch, stress=True)["stress"].detach().numpy()[0]
-    volume = abs(np.linalg.det(structures.structures["cell"][0]))
-    step = 1e-5
-    for a, b in np.ndindex(3, 3):
-        energies = []
-        for sign in (1, -1):
-            strain = np.zeros((3, 3))
-            strain[a, b] += sign * step / 2
-            strain[b, a] += sign * step / 2
-            deformed = _deformed(structures, np.eye(3) + strain)
-            energies.append(_predict(potential, deformed)["energy"][0])
-        slope = (energies[0] - energies[1]) / (2 * step) / volume
-        assert stress[a, b] == pytest.approx(slope, abs=1e-8, rel=1e-5)
-    assert np.abs(stress).max() > 1e-3
-
-
-def test_forces_between_images_by_finite_differences(potential: Potential) -> None:
-    forces = _forces_by_finite_differences(potential, _crystal())
-    assert forces.shape == (3, 3)
-    assert forces.sum(axis=0) == pytest.approx(np.zeros(3), abs=1e-10)
-
-
-def test_a_supercell_has_the_energy_of_its_cells(potential: Potential) -> None:
-    structures = _crystal()
-    one = Atoms(
-        structures.atoms["atomic_numbers"],
-        structures.atoms["positions"],
-        cell=structures.structures["cell"][0],
-        pbc=True,
-    )
-    before = potential(make_batch(structures, CUTOFF, torch.float64), stress=True)
-    for copies in ((2, 1, 1), (1, 3, 2)):
-        many = one.repeat(copies)
-        many.positions += np.random.default_rng(0).integers(-1, 2, (len(many), 3)) @ many.cell
-        larger = Structures(
-            np.array([0, len(many)]),
-            {"atomic_numbers": many.numbers.astype(np.uint8), "positions": many.positions},
-            {"cell": many.cell.array[None], "pbc": many.pbc[None]},
-        )
-        after = potential(make_batch(larger, CUTOFF, torch.float64), stress=True)
-        energy = after["energy"].item() / np.prod(copies)
-        assert energy == pytest.approx(before["energy"].item(), abs=1e-9)
-        assert torch.allclose(after["stress"], before["stress"], atol=1e-10)
-        assert torch.allclose(after["forces"][:3], before["forces"], atol=1e-9)
 
 
 def test_molecules_and_crystals_in_one_batch(potential: Potential) -> None:
