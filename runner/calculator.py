@@ -57,11 +57,11 @@ class NNPCalculator(Calculator):  # type: ignore[misc]
     def _inputs(self, atoms: Atoms) -> dict[str, float]:
         """Total charge and spin multiplicity, where the potential needs them and they are there."""
         needed = self.predictor.potential.inputs
-        return {name: atoms.info[name] for name in sorted(needed) if name in atoms.info}
+        return {name: float(atoms.info[name]) for name in sorted(needed) if name in atoms.info}
 
     def _of_structure(self, atoms: Atoms) -> dict[str, np.ndarray]:
         """Arrays with one row: the cell of a periodic structure, and the inputs."""
-        arrays = {name: np.array([float(value)]) for name, value in self._inputs(atoms).items()}
+        arrays = {name: np.array([value]) for name, value in self._inputs(atoms).items()}
         if atoms.pbc.any():
             arrays["cell"] = np.asarray(atoms.cell.array, np.float64)[None]
             arrays["pbc"] = np.asarray(atoms.pbc, bool)[None]

@@ -158,6 +158,7 @@ class PreparedDataModule(lightning.LightningDataModule):
                 "train.data.train_size",
             )
         size = f"{needed / 1e9:.2g} GB" if needed > 5e6 else f"{needed / 1e6:.2g} MB"
+        self._say_alone()
         self._say(
             {
                 "memory": f"data in memory, {size} with the neighbour lists, which are kept",
@@ -168,6 +169,17 @@ class PreparedDataModule(lightning.LightningDataModule):
             }[chosen]
         )
         return chosen
+
+    def _say_alone(self) -> None:
+        """Say it where the cutoff is so short that structures have no pairs; that is allowed."""
+        sample = self._splits["train"].sample
+        if sample.alone:
+            first = "" if sample.n == self._splits["train"].n_structures else "first "
+            self._say(
+                f"{sample.alone} of the {first}{sample.n} training structures have several atoms, "
+                f"no two of them within {self.near or self.cutoff:g} Å (train.potential.cutoff): "
+                "of these nothing but their elements is seen"
+            )
 
     def _device(self) -> torch.device:
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device

@@ -8,6 +8,7 @@ whole split lies there and batches are made there. The batches are the same in a
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -42,6 +43,21 @@ SHARE_OF_MEMORY = 0.5  # of what is free, that batches may take
 READERS = 2  # threads that read blocks at the same time
 SAMPLE = 1000  # structures, to estimate from
 WINDOWS_AT_HAND = 2  # the one in use, and the one that is read ahead
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first structures of a split.
+
+    Attributes:
+        n: how many.
+        n_bytes: memory that they take with their neighbour lists.
+        alone: how many of them have several atoms, none within the cutoff of another.
+    """
+
+    n: int
+    n_bytes: int
+    alone: int
 
 
 class Split:
@@ -81,13 +97,23 @@ class Split:
         structures = self.dataset.read_rows(self.start + first, self.start + last, origins=False)
         return Block.of(structures, self.cutoff, first=first, near=self.near)
 
-    def bytes_needed(self) -> int:
-        """Memory that all of it takes with its neighbour lists, as its first structures tell."""
+    @functools.cached_property
+    def sample(self) -> Sample:
+        """What its first structures tell."""
         n = min(self.n_structures, SAMPLE)
         if n == 0:
-            return 0
+            return Sample(0, 0, 0)
         structures = self.dataset.read_rows(self.start, self.start + n, origins=False)
-        return Block.of(structures, self.cutoff, near=self.near).n_bytes * self.n_structures // n
+        block = Block.of(structures, self.near or self.cutoff)
+        alone = (np.diff(block.first_pair) == 0) & (np.diff(block.first_atom) > 1)
+        if self.near is not None:
+            block = Block.of(structures, self.cutoff, near=self.near)
+        return Sample(n, block.n_bytes, int(alone.sum()))
+
+    def bytes_needed(self) -> int:
+        """Memory that all of it takes with its neighbour lists, as its first structures tell."""
+        sample = self.sample
+        return sample.n_bytes * self.n_structures // sample.n if sample.n else 0
 
 
 @runtime_checkable

@@ -445,3 +445,44 @@ def test_a_table_that_only_its_sub_table_makes_has_a_line(tmp_path: Path) -> Non
     (tmp_path / "base.toml").write_text(GOOD)
     text = _mistakes(tmp_path, 'extends = "base.toml"\n[train.los.energy]\nweight = 1\n')
     assert f"{tmp_path / 'config.toml'}:2  train.los\n    unknown key" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            ["train.potential.charges={}"],
+            r"train.potential.charges asks for partial charges, and nothing trains them; add one "
+            r"of train.loss.charges, train.loss.dipole(.|\n)*or train.potential.coulomb",
+        ),
+        (['train.metrics.dipole=["mae"]'], r"train.metrics.dipole asks for partial charges"),
+        (
+            ["train.potential.charges.equalise=true", "train.loss.total_charge={}"],
+            r"train.loss.total_charge is always zero, because(.|\n)*take one of them out",
+        ),
+        (
+            ['train.potential.coulomb.cutoff="3 angstrom"'],
+            r"the cutoff of coulomb, 3 Å, is below the architecture's, 5 Å; make it at least that",
+        ),
+        (
+            ['train.potential.zbl.cutoff="6 angstrom"'],
+            r"the cutoff of zbl, 6 Å, is beyond the architecture's, 5 Å; make it at most that",
+        ),
+        (
+            ['train.potential.inputs=["charge"]'],
+            r"train.potential.inputs.0\n +found 'charge' \(string\); did you mean \"total_charge\"",
+        ),
+    ],
+)
+def test_heads_without_loss_and_losses_without_head(
+    tmp_path: Path, settings: list[str], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        _load(tmp_path, GOOD, *settings)
+
+
+@pytest.mark.parametrize("setting", ["train.potential.coulomb={}", "train.loss.dipole={}"])
+def test_charges_may_be_trained_by_the_energy_or_a_moment(tmp_path: Path, setting: str) -> None:
+    settings = ["train.potential.charges.equalise=true", setting]
+    potential = _load(tmp_path, GOOD, *settings).train.potential  # type: ignore[union-attr]
+    assert potential.needed_inputs == {"total_charge"}

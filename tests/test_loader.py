@@ -431,3 +431,22 @@ def test_processes_of_a_machine_share_one_copy(dataset: PreparedDataset, tmp_pat
         assert same
         assert maps == split.n_blocks  # each block is a mapped file …
         assert files == 0  # … which has no name any more
+
+
+@pytest.mark.parametrize("residence", ["memory", "stream", "device"])
+def test_pairs_that_the_architecture_sees_are_marked(
+    dataset: PreparedDataset, residence: str
+) -> None:
+    split = Split(dataset, "train", CUTOFF, near=2.0)
+    batches = list(BatchLoader(_source(split, residence), _order(split, "structures")))
+    assert batches
+    for batch in batches:
+        i, j = batch.pairs
+        separation = batch.positions[i] - batch.positions[j]
+        if batch.shifts is not None and batch.cell is not None:
+            cells = batch.cell[batch.structure[i]]
+            separation -= torch.einsum("pk,pkx->px", batch.shifts.float(), cells)
+        expected = (separation.norm(dim=-1) < 2.0).nonzero().squeeze(-1)
+        assert batch.near is not None
+        assert torch.equal(batch.near, expected)
+        assert torch.equal(batch.nearest().pairs, batch.pairs[:, expected])

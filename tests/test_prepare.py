@@ -171,6 +171,12 @@ def test_statistics_and_coverage(tmp_path: Path) -> None:
     rms = np.sqrt((train.atoms["forces"] ** 2).mean())
     assert statistics["forces_rms"] == pytest.approx(rms)
     assert (statistics["n_structures"], statistics["n_atoms"]) == (48, train.n_atoms)
+    numbers = train.atoms["atomic_numbers"]
+    for z, symbol in ((1, "H"), (6, "C"), (8, "O")):
+        rms = np.sqrt(np.square(train.atoms["forces"][numbers == z]).mean())
+        assert statistics["forces_rms_by_element"][symbol] == pytest.approx(rms)
+    # least squares has taken out what elements can explain
+    assert max(abs(value) for value in statistics["energy_by_element"].values()) < 1e-9
 
 
 def test_groups_stay_together(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -23,7 +24,7 @@ from runner.batches import Batch, make_batch
 from runner.calculator import NNPCalculator
 from runner.config import Config, load_config
 from runner.epochs import Draw
-from runner.errors import ConfigError, DatasetError, RunError, SelfEnergyError
+from runner.errors import ConfigError, DatasetError, InputError, RunError, SelfEnergyError
 from runner.loader import Stock
 from runner.predictor import Predictor
 from runner.prepare import find_prepared, prepare
@@ -486,3 +487,89 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(
     manifest = json.loads((tmp_path / "runs" / "latest" / "manifest.json").read_text())
     assert manifest["status"] == "interrupted"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+EVERYTHING = (
+    'train.potential.inputs=["total_charge"]',
+    'train.potential.energy={scale="per_element", shift="per_element", learnt=true}',
+    "train.potential.charges.equalise=true",
+    "train.potential.coulomb={}",
+    'train.potential.zbl.cutoff="2 angstrom"',
+)
+
+
+@pytest.fixture(scope="module")
+def with_everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(write_experiment(tmp_path_factory.mktemp("all") / "experiment"), *EVERYTHING)
+
+
+def test_a_potential_with_every_term_trains(with_everything: dict[str, Any]) -> None:
+    rows = _rows(with_everything)
+    losses = [float(row["val/loss/total_loss"]) for row in rows if row["val/loss/total_loss"]]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    potential = Predictor.load(Path(with_everything["run"])).potential
+    assert set(potential.terms) == {"coulomb", "zbl"}
+    assert np.isinf(potential.cutoff)
+    assert potential.energy.scale[[1, 6]].unique().numel() == 2
+
+
+@pytest.mark.parametrize("residence", ["stream", "device"])
+def test_where_the_data_is_changes_no_number_of_a_potential_that_looks_far(
+    tmp_path: Path, with_everything: dict[str, Any], residence: str
+) -> None:
+    setting = f"train.data.residence={residence}"
+    elsewhere = _run(write_experiment(tmp_path), *EVERYTHING, setting)
+    assert _numbers(elsewhere) == _numbers(with_everything)
+
+
+def test_the_calculator_is_told_the_charge(with_everything: dict[str, Any]) -> None:
+    atoms = Atoms("OCH2", [[0, 0, 1.2], [0, 0, 0], [0.95, 0, -0.5], [-0.95, 0, -0.5]])
+    atoms.calc = NNPCalculator(with_everything["run"])
+    text = r'needs the total_charge(.|\n)*atoms.info\["total_charge"\]'
+    with pytest.raises(InputError, match=text):
+        atoms.get_potential_energy()
+    energies = []
+    for charge in (0, 1):
+        atoms.info["total_charge"] = charge
+        energies.append(atoms.get_potential_energy())
+        assert atoms.get_charges().sum() == pytest.approx(charge, abs=1e-5)
+    assert abs(energies[0] - energies[1]) > 1e-3
+
+
+def test_an_input_that_structures_lack_is_named(tmp_path: Path) -> None:
+    text = (
+        r"needs the spin_multiplicity of every structure, and 60 of 60 have none(.|\n)*"
+        r"spin_multiplicity = \{ value = 1 \}"
+    )
+    with pytest.raises(DatasetError, match=text):
+        _run(write_experiment(tmp_path), 'train.potential.inputs=["spin_multiplicity"]')
+
+
+def test_a_cutoff_that_leaves_structures_without_pairs_is_said_and_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(write_experiment(tmp_path), 'train.potential.cutoff="0.9 angstrom"', "train.epochs=1")
+    text = r"\d+ of the 48 training structures have several atoms, no two of them within 0.9 Å"
+    assert re.search(text, capsys.readouterr().out)
+
+
+def test_a_checkpoint_of_the_version_before_still_predicts(
+    tmp_path: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    run = Path(finished[1]["run"])
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    weights, old = checkpoint["state_dict"], {}
+    for name, tensor in weights.items():
+        if name != "potential.energy.shift":
+            before = name.replace("energy.scale", "scale").replace("readouts.", "")
+            old[before.replace("embedding.elements.weight", "embedding.weight")] = tensor
+    passport = checkpoint["runner"] | {"checkpoint_version": 1}
+    del passport["quadrupole"]
+    kept = ("name", "cutoff", "features", "interactions", "radial_basis")
+    passport["potential"] = {key: passport["potential"][key] for key in kept}
+    torch.save({"state_dict": old, "runner": passport}, tmp_path / "old.ckpt")
+    structures = springs(seed=5, n=4)
+    expected = Predictor.load(run).predict(structures)
+    for name, values in Predictor.load(tmp_path / "old.ckpt").predict(structures).items():
+        assert (values == expected[name]).all()
