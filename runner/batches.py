@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,6 +97,43 @@ class Batch:
             return self
         shifts = None if self.shifts is None else self.shifts.index_select(0, self.near)
         return replace(self, pairs=self.pairs.index_select(1, self.near), shifts=shifts, near=None)
+
+    def parts(self, n: int) -> list[Batch]:
+        """The batch in parts of whole structures, each with about as many pairs as the others.
+
+        Args:
+            n: how many parts; there are fewer if there are fewer structures.
+        """
+        atoms = torch.cat([self.n_atoms.new_zeros(1), self.n_atoms.cumsum(0)])
+        pairs = torch.searchsorted(self.pairs[0].contiguous(), atoms)
+        share = torch.arange(1, n) * (int(pairs[-1]) / n)
+        between = torch.searchsorted(pairs, share).tolist()
+        bounds = sorted({0, *between, len(atoms) - 1})
+        return [
+            self._part(start, stop, atoms[[start, stop]].tolist(), pairs[[start, stop]].tolist())
+            for start, stop in itertools.pairwise(bounds)
+        ]
+
+    def _part(self, start: int, stop: int, atoms: list[int], pairs: list[int]) -> Batch:
+        """Some structures, whose rows among the atoms and pairs are known."""
+        one, atom, pair = slice(start, stop), slice(*atoms), slice(*pairs)
+        near = self.near
+        if near is not None:
+            bounds = torch.searchsorted(near, torch.tensor(pairs)).tolist()
+            near = near[slice(*bounds)] - pairs[0]
+        return Batch(
+            self.atomic_numbers[atom],
+            self.positions[atom],
+            self.structure[atom] - start,
+            self.n_atoms[one],
+            self.index[one],
+            self.pairs[:, pair] - atoms[0],
+            {n: v[atom if FIELDS[n].per == "atom" else one] for n, v in self.labels.items()},
+            {name: mask[one] for name, mask in self.labelled.items()},
+            None if self.cell is None else self.cell[one],
+            None if self.shifts is None else self.shifts[pair],
+            near,
+        )
 
     def at(self, positions: Float[Tensor, "n_atoms 3"]) -> Batch:
         """The same atoms and pairs at other positions."""

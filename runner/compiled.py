@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +39,10 @@ LIBERTIES: list[dict[str, Any]] = [
     {"reorder_for_peak_memory": False},
     {"reorder_for_peak_memory": False, "max_fusion_size": 1},
 ]
+# a program in C++ lets other threads of Python run beside it; it has no threads of its own, which
+# would cost the many small operations of a step more than they bring
+ON_CPU: dict[str, Any] = {"cpp_wrapper": True, "cpp.threads": 1}
+PAIRS_IN_PART = 800  # what pairs have for features then stays in a core's cache
 GENERAL_FROM = 2  # sizes of 0 and 1 are special to a compiler
 
 
@@ -84,7 +89,13 @@ class Step:
 
 
 class CompiledStep:
-    """A step that is traced and compiled when it meets its first batch of general size."""
+    """A step that is traced and compiled when it meets its first batch of general size.
+
+    On a CPU, a batch is computed in parts of some hundred pairs, several at a time. Loss and
+    gradients are sums over structures, once each term knows what it has to be divided by; the parts
+    are those of the batch, whatever number of threads there is, and are added up in their order: so
+    the numbers do not depend on the threads.
+    """
 
     def __init__(self, step: Step, incomplete: Collection[str] = ()) -> None:
         """Compile a step.
@@ -100,6 +111,11 @@ class CompiledStep:
         self._buffers = dict(step.potential.named_buffers())
         self._function: Any = None
         self._layout: _Layout | None = None
+        self._calls = 0
+        self.threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(
+            self.threads, initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def fits(self, batch: Batch) -> bool:
         """Whether the batch is of general size: two structures, atoms and pairs at least.
@@ -108,47 +124,77 @@ class CompiledStep:
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return False
-        sizes = (batch.n_atoms.shape[0], batch.positions.shape[0], batch.pairs.shape[1])
-        return min(sizes) >= GENERAL_FROM
+        return _is_general(batch)
 
     def __call__(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
         """The same as the eager step to rounding."""
         batch = _with_masks(batch, self.incomplete)
-        tensors = _tensors(batch)
-        factors = batch.positions.new_tensor([weights[name] for name in sorted(weights)])
-        state = [p.detach() for p in self._parameters.values()] + list(self._buffers.values())
         if self._function is None:
-            graph, inputs = self._trace(state, factors, tensors, batch, sorted(weights))
-            for options in LIBERTIES:
-                self._function = _compiled(graph, inputs, options)
-                wrong = self._compare(batch, weights)
-                if not wrong:
-                    break
-            else:
-                raise RunError(
-                    f"the compiled step does not give what the step itself does: {wrong}",
-                    where="train.compile = true",
-                    remedy="set it to false; another version of torch may help",
-                )
-        with torch.no_grad():
-            found = list(self._function(*state, factors, *tensors.values()))
+            self._compile(batch, weights)
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0 and (wrong := self._compare(batch, weights)):
+            raise _is_wrong(wrong)
+        return self._compute(batch, weights)
+
+    def _compile(self, batch: Batch, weights: Mapping[str, float]) -> None:
+        """Trace, and compile with as many liberties as are right.
+
+        Raises:
+            RunError: it cannot be compiled, or is wrong.
+        """
+        graph, inputs = self._trace(self._state(), self._factors(batch, weights), batch)
+        on_cpu = ON_CPU if batch.positions.device.type == "cpu" else {}
+        for options in LIBERTIES:
+            self._function = _compiled(graph, inputs, options | on_cpu)
+            wrong = self._compare(batch, weights)
+            if not wrong:
+                return
+        raise _is_wrong(wrong)
+
+    def _state(self) -> list[Tensor]:
+        """Weights and what else the potential holds."""
+        return [p.detach() for p in self._parameters.values()] + list(self._buffers.values())
+
+    def _factors(self, batch: Batch, weights: Mapping[str, float]) -> Tensor:
+        """What the sum of each term is multiplied by: its weight over the number of its labels."""
+        counts = self.step.loss.counts(batch)
+        return torch.stack([weights[name] / counts[name].clamp(min=1) for name in sorted(weights)])
+
+    def _compute(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+        """Run the program on the parts of a batch, and add up."""
         assert self._layout is not None
-        total, sums, prediction, gradients = self._layout.unpack(found)
+        given = [*self._state(), self._factors(batch, weights)]
+
+        def run(part: Batch) -> list[Tensor]:
+            with torch.no_grad():
+                return list(self._function(*given, *_tensors(part).values()))
+
+        parts = self._parts(batch)
+        several = len(parts) > 1 and self.threads > 1
+        found = list(self._pool.map(run, parts) if several else map(run, parts))
+        total, sums, prediction, gradients = self._layout.joined(found)
         return StepResult(
             _Given.apply(total, gradients, *self._parameters.values()),  # type: ignore[no-untyped-call]
             sums,
             prediction,
         )
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The batch in an even number of parts, or as it is, on other devices or if it is small."""
+        n = 2 * -(-batch.pairs.shape[1] // (2 * PAIRS_IN_PART))
+        if batch.positions.device.type != "cpu" or batch.pairs.shape[1] <= PAIRS_IN_PART:
+            return [batch]
+        parts = batch.parts(n)
+        return parts if all(_is_general(part) for part in parts) else [batch]
+
     def _trace(
         self,
         state: Sequence[Tensor],
         factors: Tensor,
-        tensors: Mapping[str, Tensor],
         batch: Batch,
-        terms: Sequence[str],
     ) -> tuple[Any, list[Tensor]]:
         """The step as a graph of operations, and stand-ins for what it takes."""
+        tensors = _tensors(batch)
         mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
         inputs: list[Tensor] = [mode.from_tensor(t, static_shapes=True) for t in (*state, factors)]
         inputs += [_symbolic(mode, name, tensor) for name, tensor in tensors.items()]
@@ -158,15 +204,17 @@ class CompiledStep:
         def function(*given: Tensor) -> list[Tensor]:
             parameters = [p.detach().requires_grad_() for p in given[:n_parameters]]
             known = dict(zip(names, [*parameters, *given[n_parameters:n_state]], strict=True))
-            weights = dict(zip(terms, given[n_state].unbind(), strict=True))
             here = _batch(batch, dict(zip(tensors, given[n_state + 1 :], strict=True)))
             prediction = functional_call(self.step.potential, known, here, self.step.derivatives)
-            result = self.step.compare(prediction, here, weights)
+            sums = self.step.loss.sums(prediction, here)
+            weighted = zip(sorted(sums), given[n_state].unbind(), strict=True)
+            total = torch.stack([factor * sums[name].total for name, factor in weighted]).sum()
             gradients = torch.autograd.grad(
-                result.total, parameters, allow_unused=True, materialize_grads=True
+                total, parameters, allow_unused=True, materialize_grads=True
             )
-            self._layout = _Layout(list(result.sums), list(result.prediction))
-            return [tensor.detach() for tensor in self._layout.pack(result, gradients)]
+            self._layout = _Layout(list(sums), list(prediction))
+            packed = self._layout.pack(StepResult(total, sums, prediction), gradients)
+            return [tensor.detach() for tensor in packed]
 
         with _shapes_unchecked():
             return make_fx(function, tracing_mode="symbolic")(*inputs), inputs
@@ -175,7 +223,7 @@ class CompiledStep:
         """How the compiled step differs from the eager one on a batch; empty if it does not."""
         parameters = list(self._parameters.values())
         totals, gradients = [], []
-        for step in (self, self.step):
+        for step in (self._compute, self.step):
             total = step(batch, weights).total
             totals.append(total.item())
             found = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -189,6 +237,21 @@ class CompiledStep:
             f"its loss is {totals[0]:.6g} instead of {totals[1]:.6g}, its gradients are off by "
             f"{off / largest:.2g} of the largest"
         )
+
+
+def _is_general(batch: Batch) -> bool:
+    """Whether it has two structures, atoms and pairs at least."""
+    sizes = [batch.n_atoms.shape[0], batch.positions.shape[0], batch.pairs.shape[1]]
+    sizes += [] if batch.near is None else [batch.near.shape[0]]
+    return min(sizes) >= GENERAL_FROM
+
+
+def _is_wrong(how: str) -> RunError:
+    return RunError(
+        f"the compiled step does not give what the step itself does: {how}",
+        where="train.compile",
+        remedy="set it to false; another version of torch may help",
+    )
 
 
 def _compiled(graph: Any, inputs: Sequence[Tensor], options: Mapping[str, Any]) -> Any:
@@ -208,7 +271,7 @@ def _compiled(graph: Any, inputs: Sequence[Tensor], options: Mapping[str, Any]) 
         except Exception as error:  # compilers fail in many ways
             raise RunError(
                 f"the training step cannot be compiled: {str(error).strip().splitlines()[0]}",
-                where="train.compile = true",
+                where="train.compile",
                 remedy="set it to false; on a CPU a C++ compiler such as g++ is needed",
             ) from error
 
@@ -226,15 +289,21 @@ class _Layout:
         ]
         return [result.total, *sums, *result.prediction.values(), *gradients]
 
-    def unpack(
-        self, found: Sequence[Tensor]
+    def joined(
+        self, parts: Sequence[list[Tensor]]
     ) -> tuple[Tensor, dict[str, Sum], dict[str, Tensor], list[Tensor]]:
-        last = 1 + 2 * len(self.terms)
-        pairs = zip(found[1:last:2], found[2:last:2], strict=True)
+        """Sums and gradients added up, predictions one after the other."""
+        first = 1 + 2 * len(self.terms)
+        last = first + len(self.quantities)
+        numbers = torch.stack([torch.stack(part[:first]) for part in parts]).sum(0).unbind()
+        pairs = zip(numbers[1::2], numbers[2::2], strict=True)
         sums = {name: Sum(*pair) for name, pair in zip(self.terms, pairs, strict=True)}
-        rest = found[last:]
-        predicted = dict(zip(self.quantities, rest, strict=False))
-        return found[0], sums, predicted, list(rest[len(self.quantities) :])
+        rows = zip(*(part[first:last] for part in parts), strict=True)
+        predicted = {n: torch.cat(r) for n, r in zip(self.quantities, rows, strict=True)}
+        gradients = parts[0][last:]
+        for part in parts[1:]:
+            torch._foreach_add_(gradients, part[last:])
+        return numbers[0], sums, predicted, gradients
 
 
 class _Given(torch.autograd.Function):
@@ -249,7 +318,8 @@ class _Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         (slope,) = slopes
-        given = [slope * g if w else None for g, w in zip(ctx.gradients, ctx.wanted, strict=True)]
+        scaled = torch._foreach_mul(ctx.gradients, slope)
+        given = [g if wanted else None for g, wanted in zip(scaled, ctx.wanted, strict=True)]
         return None, None, *given
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from runner.batches import Batch
@@ -87,10 +87,13 @@ class PerStructureSquaredError(nn.Module):
         components = _rows(difference)
         if self.per_atom:
             components = components / batch.n_atoms.unsqueeze(-1)
-        mask = batch.labelled.get(self.name)
-        components = _masked(components, mask)
+        components = _masked(components, batch.labelled.get(self.name))
         values = ERRORS[self.config.error](components, self.config.huber_delta).mean(dim=-1)
-        return Sum(values.sum(), _count(mask, values))
+        return Sum(values.sum(), self.count(batch))
+
+    def count(self, batch: Batch) -> Float[Tensor, ""]:
+        """How many structures have the label."""
+        return _count(batch.labelled.get(self.name), batch.n_atoms, batch.positions)
 
 
 class PerAtomToStructureSquaredError(nn.Module):
@@ -114,10 +117,17 @@ class PerAtomToStructureSquaredError(nn.Module):
         atom_mask = None if mask is None else mask[batch.structure]
         components = _masked(components, atom_mask)
         values = ERRORS[self.config.error](components, self.config.huber_delta).mean(dim=-1)
+        if not self.pooled:
+            values = batch.sum_by_structure(values) / batch.n_atoms
+        return Sum(values.sum(), self.count(batch))
+
+    def count(self, batch: Batch) -> Float[Tensor, ""]:
+        """How many structures, or their atoms, have the label."""
+        mask = batch.labelled.get(self.name)
         if self.pooled:
-            return Sum(values.sum(), _count(atom_mask, values))
-        per_structure = batch.sum_by_structure(values) / batch.n_atoms
-        return Sum(per_structure.sum(), _count(mask, per_structure))
+            mask = None if mask is None else mask[batch.structure]
+            return _count(mask, batch.structure, batch.positions)
+        return _count(mask, batch.n_atoms, batch.positions)
 
 
 class TotalChargeError(PerStructureSquaredError):
@@ -149,6 +159,11 @@ class Loss(nn.Module):
         self.terms = nn.ModuleDict(
             {name: LOSSES[name](name, term) for name, term in config.terms.items()}
         )
+
+    def counts(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+        """Over how many structures, or atoms, the mean of every term is; the labels tell."""
+        terms: dict[str, Any] = dict(self.terms.items())
+        return {name: term.count(batch) for name, term in terms.items()}
 
     def sums(self, prediction: Mapping[str, Tensor], batch: Batch) -> dict[str, Sum]:
         """Every term, unweighted, with what it was summed over."""
@@ -187,9 +202,8 @@ def _masked(
     return components if mask is None else torch.where(mask.unsqueeze(-1), components, 0.0)
 
 
-def _count(mask: Bool[Tensor, " n"] | None, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    return (
-        torch.full_like(values[:1].sum(), values.shape[0])
-        if mask is None
-        else mask.sum().to(values.dtype)
-    )
+def _count(mask: Bool[Tensor, " n"] | None, rows: Shaped[Tensor, " n"], like: Tensor) -> Tensor:
+    """How many rows there are, or of them are not masked, as a number like another's."""
+    if mask is None:
+        return like.new_full((), rows.shape[0])
+    return mask.sum().to(like.dtype)

@@ -152,7 +152,10 @@ class Training(lightning.LightningModule):
         """AdamW, with the learning rate halved on plateaus of the validation loss."""
         settings, schedule = self.config.optimizer, self.config.schedule
         optimizer = torch.optim.AdamW(
-            self.potential.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+            self.potential.parameters(),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         if schedule.name == "constant":
             return optimizer

@@ -1,26 +1,30 @@
-"""How fast a training step is, beside peers: python tests/benchmarks/bench_step.py
+"""How fast a training step is, beside peers: python tests/benchmarks/bench_step.py [painn …]
 
 The work: 2,048 small molecules (those of RUNNER_BENCH_G2, an extended XYZ file with energies and
-forces, or made-up ones), 32 prebuilt batches of 64, PaiNN with 64 features, 3 interactions and 20
-radial functions, 5 Å; forward, forces, loss, gradient, AdamW. Peers run in environments of their
-own (see bench_loader.py), with the same batches and loss, in turns with ours.
+forces, or made-up ones), 32 prebuilt batches of 64, with the hyperparameters below, 5 Å; forward,
+forces, loss, gradient, AdamW. Peers run in environments of their own (see bench_loader.py), with
+the same batches and loss, in turns with ours. With memory, the largest resident set of each process
+(ours: one process for each way, so that none has another's).
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import ase.io
 import numpy as np
 import torch
 from bench_loader import CUTOFF, PEERS, Peer, of_ase, small_molecules
 
-from runner.batches import Batch, Block
+from runner.batches import Block
 from runner.compiled import CompiledStep, Step
 from runner.config import LossConfig, potential_config
 from runner.losses import Loss
@@ -28,19 +32,29 @@ from runner.potentials import build_potential
 
 ROUNDS = 5
 N_STRUCTURES, BATCH = 2048, 64
+TABLES: dict[str, dict[str, Any]] = {
+    "painn": {"features": 64, "interactions": 3, "radial_basis": 20},
+    "schnet": {"features": 64, "interactions": 3, "radial_basis": 50},
+    "tensornet": {"features": 64, "interactions": 2, "radial_basis": 32},
+}
+GRAPH_PES_MODELS = {
+    "painn": "PaiNN(channels=64, radial_features=20, layers=3, cutoff=cutoff)",
+    "schnet": "SchNet(channels=64, expansion_features=50, layers=3, cutoff=cutoff)",
+    "tensornet": "TensorNet(channels=64, radial_features=32, layers=2, cutoff=cutoff)",
+}
 
 GRAPH_PES = """
-import sys, time, json, ase.io, torch, warnings
+import sys, time, json, resource, ase.io, torch, warnings
 warnings.filterwarnings("ignore")
 torch.set_num_threads(THREADS)
 from graph_pes.data.datasets import ASEToGraphsConverter
-from graph_pes.atomic_graph import to_batch, number_of_atoms, structure_sizes
-from graph_pes.models import PaiNN
+from graph_pes.atomic_graph import to_batch, structure_sizes
+from graph_pes.models import PaiNN, SchNet, TensorNet
 path, cutoff, batch, _ = sys.argv[1], *map(float, sys.argv[2:])
 convert = ASEToGraphsConverter(ase.io.read(path, ":"), cutoff)
 graphs = [convert[i] for i in range(len(convert))]
 batches = [to_batch(graphs[i : i + int(batch)]) for i in range(0, len(graphs), int(batch))]
-model = PaiNN(channels=64, radial_features=20, layers=3, cutoff=cutoff)
+model = MODEL
 model.pre_fit_all_components(graphs[:200])
 model.train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -52,6 +66,43 @@ def step(b):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+"""
+TORCHMD = """
+import sys, time, json, resource, ase.io, torch, warnings
+import numpy as np
+warnings.filterwarnings("ignore")
+torch.set_num_threads(THREADS)
+from torchmdnet.models.model import create_model
+path, cutoff, batch, _ = sys.argv[1], *map(float, sys.argv[2:])
+frames = ase.io.read(path, ":")
+model = create_model(dict(
+    model="tensornet", embedding_dimension=64, num_layers=2, num_rbf=32, rbf_type="expnorm",
+    trainable_rbf=False, activation="silu", cutoff_lower=0.0, cutoff_upper=cutoff, max_z=100,
+    max_num_neighbors=64, equivariance_invariance_group="O(3)", derivative=True, precision=32,
+    prior_model=None, output_model="Scalar", reduce_op="add", static_shapes=False,
+    check_errors=False, vector_cutoff=False, q_dim=None, atom_filter=-1))
+model.train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+batches = []
+for k in range(0, len(frames), int(batch)):
+    few = frames[k : k + int(batch)]
+    n = torch.tensor([len(a) for a in few])
+    batches.append((
+        torch.tensor(np.concatenate([a.numbers for a in few])),
+        torch.tensor(np.concatenate([a.positions for a in few]), dtype=torch.float32),
+        torch.repeat_interleave(torch.arange(len(few)), n), n,
+        torch.tensor([a.get_potential_energy() for a in few], dtype=torch.float32),
+        torch.tensor(np.concatenate([a.get_forces() for a in few]), dtype=torch.float32)))
+graphs = frames
+def step(b):
+    z, pos, which, n, energy, forces = b
+    e, f = model(z, pos, which)
+    loss = (((e.flatten() - energy) / n) ** 2).mean() + 10 * ((f - forces) ** 2).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+LOOP = """
 for b in batches[:4]:
     step(b)
 print("ready", flush=True)
@@ -59,85 +110,107 @@ for _ in sys.stdin:
     start = time.perf_counter()
     for b in batches:
         step(b)
-    print(json.dumps(len(graphs) / (time.perf_counter() - start)), flush=True)
+    rate = len(graphs) / (time.perf_counter() - start)
+    print(json.dumps(rate), flush=True)
 """
 
 
 class Ours:
-    """Our step, eager or compiled, with so many threads."""
+    """Our step in a process of its own, eager or compiled, with so many threads."""
 
-    def __init__(self, batches: list[Batch], *, compiled: bool, threads: int) -> None:
-        torch.manual_seed(0)
-        config = potential_config(
-            {"name": "painn", "cutoff": f"{CUTOFF} angstrom", "features": 64, "radial_basis": 20}
-        )
-        potential = build_potential(config, ["energy", "forces"], {}).train()
-        terms = {"energy": {"per_atom": True}, "forces": {"weight": 10.0, "reduction": "atom"}}
-        loss = Loss(LossConfig.model_validate(terms))
-        step = Step(potential, loss, {"forces": True, "stress": False})
+    def __init__(self, table: dict[str, Any], path: Path, *, compiled: bool, threads: int) -> None:
         self.name = f"runner, {'compiled' if compiled else 'eager'}, {threads} threads"
-        self.step = CompiledStep(step) if compiled else step
-        self.weights = loss.weights_at(0)
-        self.optimizer = torch.optim.AdamW(potential.parameters(), lr=1e-3)
-        self.batches, self.threads = batches, threads
-        start = time.perf_counter()
-        self.run(batches[:4])
-        print(f"{self.name}: {time.perf_counter() - start:.0f} s to start", flush=True)
-
-    def run(self, batches: list[Batch]) -> None:
-        torch.set_num_threads(self.threads)
-        for batch in batches:
-            self.optimizer.zero_grad()
-            self.step(batch, self.weights).total.backward()
-            self.optimizer.step()
+        self.pipe, other = multiprocessing.Pipe()
+        arguments = (other, table, path, compiled, threads)
+        self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=arguments)
+        self.process.start()
+        print(f"{self.name}: {self.pipe.recv():.0f} s to start", flush=True)
 
     def rate(self) -> float:
         """Structures a second."""
-        start = time.perf_counter()
-        self.run(self.batches)
-        return sum(int(batch.n_structures) for batch in self.batches) / (
-            time.perf_counter() - start
-        )
+        self.pipe.send("run")
+        rate: float = self.pipe.recv()
+        return rate
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End the process."""
+        self.pipe.send("")
+        print(f"{self.name}: {self.pipe.recv():.0f} MB at most")
+        self.process.join()
+
+
+def _serve(pipe: Any, table: dict[str, Any], path: Path, compiled: bool, threads: int) -> None:
+    """Take steps whenever it is asked for."""
+    torch.set_num_threads(threads)
+    frames = ase.io.read(path, ":")
+    for atoms in frames:
+        atoms.info["energy"] = atoms.get_potential_energy()
+        atoms.arrays["forces"] = atoms.get_forces()
+        atoms.calc = None
+    block = Block.of(of_ase(frames), CUTOFF)
+    starts = range(0, len(block), BATCH)
+    batches = [block.take(np.arange(i, min(i + BATCH, len(block)))).batch() for i in starts]
+    torch.manual_seed(0)
+    potential = build_potential(potential_config(table), ["energy", "forces"], {}).train()
+    terms = {"energy": {"per_atom": True}, "forces": {"weight": 10.0, "reduction": "atom"}}
+    loss = Loss(LossConfig.model_validate(terms))
+    eager = Step(potential, loss, {"forces": True, "stress": False})
+    step = CompiledStep(eager) if compiled else eager
+    weights = loss.weights_at(0)
+    optimizer = torch.optim.AdamW(potential.parameters(), lr=1e-3, fused=True)
+
+    def run(batches: list[Any]) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            optimizer.zero_grad()
+            step(batch, weights).total.backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+    pipe.send(run(batches[:4]))
+    while pipe.recv():
+        pipe.send(N_STRUCTURES / run(batches))
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def compare(name: str, frames: list[Any], work: Path) -> None:
+    """Measure one architecture and its peers in turns, print medians and ratios."""
+    path = work / "step.extxyz"
+    ase.io.write(path, frames)
+    table = TABLES[name] | {"name": name, "cutoff": f"{CUTOFF} angstrom"}
+    cores = os.cpu_count() or 1
+    runs: list[Ours | Peer] = []
+    for threads in sorted({1, cores}):
+        runs += [Ours(table, path, compiled=c, threads=threads) for c in (False, True)]
+        scripts = {"graph-pes==1.0.2": GRAPH_PES.replace("MODEL", GRAPH_PES_MODELS[name])}
+        if name == "tensornet":
+            scripts["torchmd-net==3.1.0"] = TORCHMD
+        for package, script in scripts.items():
+            peer = f"{package.replace('==', ' ')}, {threads} threads"
+            PEERS[peer] = (package, script.replace("THREADS", str(threads)) + LOOP)
+            runs.append(Peer(peer, work, path, BATCH, 0.0))
+    found: dict[str, list[float]] = {run.name: [] for run in runs}
+    for _ in range(ROUNDS):
+        for run in runs:
+            found[run.name].append(run.rate())
+    for run in runs:
+        run.close()
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    best = max(value for name, value in middle.items() if not name.startswith("runner"))
+    print(f"{name}, {len(frames)} molecules, structures/s")
+    for run_name, value in middle.items():
+        print(f"  {run_name:34} {value:8,.0f}   {value / best:5.2f}× the fastest peer")
 
 
 def main() -> None:
-    """Measure in turns, print medians and ratios."""
+    """Measure what is asked for."""
     given = os.environ.get("RUNNER_BENCH_G2")
     frames = ase.io.read(given, ":")[:N_STRUCTURES] if given else small_molecules(N_STRUCTURES)
-    if given:
-        for atoms in frames:
-            atoms.info["energy"] = atoms.get_potential_energy()
-            atoms.arrays["forces"] = atoms.get_forces()
-            atoms.calc = None
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(os.environ.get("RUNNER_BENCH_DIR", temporary))
         work.mkdir(parents=True, exist_ok=True)
-        path = work / "step.extxyz"
-        ase.io.write(path, frames)
-        block = Block.of(of_ase(frames), CUTOFF)
-        starts = range(0, len(block), BATCH)
-        batches = [block.take(np.arange(i, min(i + BATCH, len(block)))).batch() for i in starts]
-        cores = os.cpu_count() or 1
-        runs: list[Ours | Peer] = []
-        for threads in sorted({1, cores}):
-            runs += [Ours(batches, compiled=c, threads=threads) for c in (False, True)]
-            name = f"graph-pes 1.0.2, {threads} threads"
-            PEERS[name] = ("graph-pes==1.0.2", GRAPH_PES.replace("THREADS", str(threads)))
-            runs.append(Peer(name, work, path, BATCH, 0.0))
-        found: dict[str, list[float]] = {run.name: [] for run in runs}
-        for _ in range(ROUNDS):
-            for run in runs:
-                found[run.name].append(run.rate())
-        for run in runs:
-            run.close()
-    print(f"PaiNN, {len(frames)} molecules, {block.first_pair[-1]} pairs, structures/s")
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    best = max(value for name, value in middle.items() if name.startswith("graph-pes"))
-    for name, value in middle.items():
-        print(f"  {name:30} {value:8,.0f}   {value / best:5.2f}× the best of graph-pes")
+        for name in sys.argv[1:] or TABLES:
+            compare(name, frames, work)
 
 
 if __name__ == "__main__":
