@@ -58,6 +58,7 @@ FLOORS: dict[str, int] = {
     "runner.potentials.tensornet": 2,
     "runner.potentials.physics": 2,
     "runner.potentials.foreign": 2,
+    "runner.potentials.mace": 2,
     "runner.datamodule": 3,
     "runner.training": 3,
     "runner.experiment": 3,

@@ -30,7 +30,11 @@ from runner.terminal import Terminal
 
 README = Path(__file__).parents[1] / "experiments" / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+EXAMPLES = [
+    example
+    for example in re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    if example.startswith(("[[prepare", "[prepare"))
+]
 SIZES = springs(n=12)
 SAME = springs(n=12).take(np.array([0, 3, 6, 9]))  # of three atoms each
 

@@ -104,7 +104,8 @@ def _arguments(
     kind: type[nn.Module], config: ForeignConfig, offered: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the constructor is called with."""
-    parameters = dict(inspect.signature(kind).parameters)
+    inherited = kind.__init__ is nn.Module.__init__
+    parameters = {} if inherited else dict(inspect.signature(kind).parameters)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     if "cutoff" not in named and not anything:

@@ -3,15 +3,14 @@
 The work: 2,048 small molecules (those of RUNNER_BENCH_G2, an extended XYZ file with energies and
 forces, or made-up ones), 32 prebuilt batches of 64, with the hyperparameters below, 5 Å; forward,
 forces, loss, gradient, AdamW. Peers run in environments of their own (see bench_loader.py), with
-the same batches and loss, in turns with ours. With memory, the largest resident set of each process
-(ours: one process for each way, so that none has another's).
+the same batches and loss, in turns with ours. Memory is the largest resident set of each process;
+ours has a process for each way, so that none has another's.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -44,7 +43,7 @@ GRAPH_PES_MODELS = {
 }
 
 GRAPH_PES = """
-import sys, time, json, resource, ase.io, torch, warnings
+import sys, time, json, ase.io, torch, warnings
 warnings.filterwarnings("ignore")
 torch.set_num_threads(THREADS)
 from graph_pes.data.datasets import ASEToGraphsConverter
@@ -68,7 +67,7 @@ def step(b):
     optimizer.step()
 """
 TORCHMD = """
-import sys, time, json, resource, ase.io, torch, warnings
+import sys, time, json, ase.io, torch, warnings
 import numpy as np
 warnings.filterwarnings("ignore")
 torch.set_num_threads(THREADS)
@@ -135,8 +134,13 @@ class Ours:
     def close(self) -> None:
         """End the process."""
         self.pipe.send("")
-        print(f"{self.name}: {self.pipe.recv():.0f} MB at most")
         self.process.join()
+
+
+def largest_memory(pid: int | None) -> float:
+    """Largest resident set of a running process, MB."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _serve(pipe: Any, table: dict[str, Any], path: Path, compiled: bool, threads: int) -> None:
@@ -170,7 +174,6 @@ def _serve(pipe: Any, table: dict[str, Any], path: Path, compiled: bool, threads
     pipe.send(run(batches[:4]))
     while pipe.recv():
         pipe.send(N_STRUCTURES / run(batches))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
 def compare(name: str, frames: list[Any], work: Path) -> None:
@@ -193,13 +196,14 @@ def compare(name: str, frames: list[Any], work: Path) -> None:
     for _ in range(ROUNDS):
         for run in runs:
             found[run.name].append(run.rate())
+    memory = {run.name: largest_memory(run.process.pid) for run in runs}
     for run in runs:
         run.close()
     middle = {name: statistics.median(values) for name, values in found.items()}
     best = max(value for name, value in middle.items() if not name.startswith("runner"))
-    print(f"{name}, {len(frames)} molecules, structures/s")
+    print(f"{name}, {len(frames)} molecules: structures/s, of the fastest peer, MB at most")
     for run_name, value in middle.items():
-        print(f"  {run_name:34} {value:8,.0f}   {value / best:5.2f}× the fastest peer")
+        print(f"  {run_name:34} {value:8,.0f} {value / best:6.2f}× {memory[run_name]:7,.0f}")
 
 
 def main() -> None:
