@@ -178,7 +178,8 @@ class GaussianBasis(nn.Module):
 
     def forward(self, distance: Float[Tensor, " n_pairs"]) -> Float[Tensor, "n_pairs size"]:
         """Values, between 0 and 1, at each distance, Å."""
-        return torch.exp(-self.gamma * (distance.unsqueeze(-1) - self.centers) ** 2)
+        values = torch.exp(-self.gamma * (distance.unsqueeze(-1) - self.centers) ** 2)
+        return nn.functional.threshold(values, NEGLIGIBLE, 0.0)
 
 
 class ShiftedSoftplus(nn.Module):
