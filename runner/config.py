@@ -906,10 +906,11 @@ class TrainConfig(Section):
     """Passes over the training split, at most."""
     precision: Literal["32-true"] = "32-true"
     """Floating-point numbers of the training."""
-    compile: bool = False
-    """Compile the training step: some three times as fast on a CPU after 10 to 60 s of compiling;
-    the same numbers to rounding. It needs a C++ compiler, and most often one thread is best:
-    `OMP_NUM_THREADS=1`."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the training step: three to five times as fast on a CPU after 10 to 90 s of
+    compiling, the same numbers to rounding. It needs a C++ compiler. `auto`: where a training is
+    long enough to gain by it, as its pairs and epochs tell; if it fails, the step stays as it
+    is."""
     batch: BatchConfig = BatchConfig()
     data: DataConfig = DataConfig()
     potential: PotentialConfig

@@ -72,6 +72,12 @@ class PreparedDataModule(lightning.LightningDataModule):
         self._loaders: dict[str, BatchLoader] = {}
         self._splits = {name: self._split(name) for name in SPLITS}
 
+    @property
+    def pairs_in_epoch(self) -> float:
+        """About how many pairs the training split has, as its first structures tell."""
+        split = self._splits["train"]
+        return split.sample.n_pairs / max(split.sample.n, 1) * split.n_structures
+
     def loader(self, split: str) -> BatchLoader:
         """Batches of one split; those of the training split in another order each epoch."""
         if split not in self._loaders:

@@ -52,11 +52,13 @@ class Sample:
     Attributes:
         n: how many.
         n_bytes: memory that they take with their neighbour lists.
+        n_pairs: that they have.
         alone: how many of them have several atoms, none within the cutoff of another.
     """
 
     n: int
     n_bytes: int
+    n_pairs: int
     alone: int
 
 
@@ -102,13 +104,13 @@ class Split:
         """What its first structures tell."""
         n = min(self.n_structures, SAMPLE)
         if n == 0:
-            return Sample(0, 0, 0)
+            return Sample(0, 0, 0, 0)
         structures = self.dataset.read_rows(self.start, self.start + n, origins=False)
         block = Block.of(structures, self.near or self.cutoff)
         alone = (np.diff(block.first_pair) == 0) & (np.diff(block.first_atom) > 1)
         if self.near is not None:
             block = Block.of(structures, self.cutoff, near=self.near)
-        return Sample(n, block.n_bytes, int(alone.sum()))
+        return Sample(n, block.n_bytes, int(block.first_pair[-1]), int(alone.sum()))
 
     def bytes_needed(self) -> int:
         """Memory that all of it takes with its neighbour lists, as its first structures tell."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
+import os
+import shutil
 import signal
 import sys
 import threading
@@ -39,6 +41,8 @@ from runner.prepare import default_data_dir, find_prepared
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
 from runner.training import MONITOR, Training
+
+WORTH_COMPILING = 1e7  # pairs that a training computes; some 2e6 pay for the compiling
 
 
 def train(
@@ -129,7 +133,9 @@ def _train(
     weights = sum(parameter.numel() for parameter in potential.parameters())
     terminal.say(f"potential {config.potential.name}, {weights} weights")
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
-    module = Training(potential, config, passport(config, dataset), incomplete)
+    compiled = _compiles(config, data, terminal)
+    module = Training(potential, config, passport(config, dataset), incomplete, compiled)
+    module.say = terminal.say
     try:
         trainer = _trainer(config, run, terminal)
     except (MisconfigurationException, ValueError) as error:
@@ -151,6 +157,31 @@ def _train(
         "best": best,
         "test": test,
     }
+
+
+def _compiles(config: TrainConfig, data: PreparedDataModule, terminal: Terminal) -> bool:
+    """Whether training steps are compiled; said, where they are or could be.
+
+    Decided by the size of the training and not by a clock, so that the same training always goes
+    the same way.
+    """
+    if config.compile is False:
+        return False
+    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    pairs = data.pairs_in_epoch * config.epochs
+    if config.compile == "auto" and (not on_cpu or pairs < WORTH_COMPILING):
+        return False
+    if config.compile == "auto" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        terminal.say("the step is not compiled: there is no C++ compiler (g++)")
+        return False
+    threads = torch.get_num_threads()
+    terminal.say(
+        f"training steps are compiled, which takes 10 to 90 s, and computed in parts by {threads} "
+        f"thread{'s' * (threads != 1)}"
+        if on_cpu
+        else "training steps are compiled, which takes a minute or two"
+    )
+    return True
 
 
 def _check_data(config: TrainConfig, dataset: PreparedDataset) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import lightning
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runner.batches import Batch
-from runner.compiled import CompiledStep, Step
+from runner.compiled import CompiledStep, Step, StepResult
 from runner.config import TrainConfig
 from runner.errors import RunError
 from runner.losses import Loss
@@ -31,6 +31,7 @@ class Training(lightning.LightningModule):
         config: TrainConfig,
         passport: Mapping[str, Any],
         incomplete: Collection[str] = (),
+        compile_step: bool = False,
     ) -> None:
         """Train `potential`.
 
@@ -39,6 +40,7 @@ class Training(lightning.LightningModule):
             config: the `[train]` table.
             passport: plain data that travels in every checkpoint, see `runner.predictor`.
             incomplete: labels that some structure of the data lacks.
+            compile_step: whether training steps are compiled.
         """
         super().__init__()
         self.potential = potential
@@ -52,7 +54,10 @@ class Training(lightning.LightningModule):
         needed = {*measured, *config.loss.terms}
         self.derivatives = {name: name in needed for name in ("forces", "stress")}
         self.step = Step(potential, self.loss, self.derivatives)
-        self.compiled = CompiledStep(self.step, incomplete) if config.compile else None
+        self.compiled: CompiledStep | None = None
+        if compile_step:
+            self.compiled = CompiledStep(self.step, incomplete)
+        self.say: Callable[[str], None] = lambda _: None
         self.splits = torch.nn.ModuleDict(
             # "train" is an attribute of every module, so the keys carry a suffix
             {f"{s}_split": SplitMetrics(s, self.loss, measured) for s in ("train", "val", "test")}
@@ -71,12 +76,24 @@ class Training(lightning.LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: Batch, split: str) -> Tensor:
-        step: Step | CompiledStep = self.step
-        if split == "train" and self.compiled is not None and self.compiled.fits(batch):
-            step = self.compiled
-        result = step(batch, self.loss.weights_at(self.current_epoch))
+        weights = self.loss.weights_at(self.current_epoch)
+        result = self._compiled_result(batch, weights) if split == "train" else None
+        result = result or self.step(batch, weights)
         self._metrics(split).update(result.sums, result.prediction, batch)
         return result.total
+
+    def _compiled_result(self, batch: Batch, weights: Mapping[str, float]) -> StepResult | None:
+        """What the compiled step gives, where there is one and it takes such a batch."""
+        if self.compiled is None or not self.compiled.fits(batch):
+            return None
+        try:
+            return self.compiled(batch, weights)
+        except RunError as error:
+            if self.config.compile is True:
+                raise
+            self.compiled = None
+            self.say(f"the step is no longer compiled: {error.what}")
+            return None
 
     def on_train_epoch_start(self) -> None:
         """Start the clock."""

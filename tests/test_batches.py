@@ -143,3 +143,36 @@ def test_moving_a_batch_moves_every_tensor() -> None:
     tensors = [moved.atomic_numbers, moved.positions, moved.structure, moved.n_atoms, moved.pairs]
     tensors += [*moved.labels.values(), *moved.labelled.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_parts_of_a_batch_are_its_structures_in_order(n: int) -> None:
+    sizes = [3, 1, 6, 2, 5, 4, 4]
+    structures = without(random_structures(sizes), "forces", [2, 5])
+    rng = np.random.default_rng(0)
+    cells = np.eye(3) * 4 + rng.uniform(-0.3, 0.3, (7, 3, 3))
+    periodic = {"cell": cells, "pbc": np.repeat(rng.random(7) < 0.5, 3).reshape(7, 3)}
+    structures = replace(structures, structures=structures.structures | periodic)
+    batch = make_batch(structures, 4.0, torch.float64, near=2.5)
+    parts = batch.parts(n)
+    assert len(parts) == min(n, len(parts))
+    assert (n == 1) == (len(parts) == 1)
+    done = 0
+    for part in parts:
+        rows = np.arange(done, done + len(part.n_atoms))
+        done += len(rows)
+        expected = make_batch(structures.take(rows), 4.0, torch.float64, near=2.5)
+        for name, value in vars(expected).items():
+            found = getattr(part, name)
+            if name == "labels":
+                assert all(
+                    torch.equal(found[k].nan_to_num(), v.nan_to_num()) for k, v in value.items()
+                )
+            elif name == "labelled":
+                assert set(found) == {"forces"}
+                assert found["forces"].tolist() == [row not in (2, 5) for row in rows]
+            elif name == "index":
+                assert found.tolist() == rows.tolist()
+            else:
+                assert torch.equal(found, value), name
+    assert done == len(sizes)

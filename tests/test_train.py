@@ -19,7 +19,8 @@ import torch
 from ase import Atoms
 from molecules import random_structures, springs, without, write_experiment, write_extxyz
 
-from runner import loader
+from runner import compiled, loader
+from runner import train as train_module
 from runner.batches import Batch, make_batch
 from runner.calculator import NNPCalculator
 from runner.config import Config, load_config
@@ -573,3 +574,34 @@ def test_a_checkpoint_of_the_version_before_still_predicts(
     expected = Predictor.load(run).predict(structures)
     for name, values in Predictor.load(tmp_path / "old.ckpt").predict(structures).items():
         assert (values == expected[name]).all()
+
+
+def test_a_long_training_is_compiled_and_a_failure_leaves_it_as_it_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RunError("the training step cannot be compiled: no memory")
+
+    monkeypatch.setattr(train_module, "WORTH_COMPILING", 100)
+    monkeypatch.setattr(compiled, "_compiled", fails)
+    monkeypatch.setenv("CXX", "true")
+    result = _run(write_experiment(tmp_path))
+    output = capsys.readouterr().out
+    assert "training steps are compiled, which takes" in output
+    assert output.count("no longer compiled: the training step cannot be compiled: no mem") == 1
+    assert _numbers(result) == _numbers(finished[1])
+    with pytest.raises(RunError, match="cannot be compiled: no memory"):
+        _run(write_experiment(tmp_path), "train.compile=true")
+    _run(write_experiment(tmp_path), "train.compile=false", "train.epochs=1")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _run(write_experiment(tmp_path), "train.epochs=1")
+    assert "not compiled: there is no C++ compiler" in capsys.readouterr().out
+
+
+def test_a_short_training_is_not_compiled(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    assert "compiled" not in (Path(finished[1]["run"]) / "log.txt").read_text()
