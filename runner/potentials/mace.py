@@ -5,8 +5,10 @@ It comes by the entry point `mace`, as any package's potential does, and needs t
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from runner.batches import Batch
 from runner.errors import InputError
 from runner.potentials.components import N_ELEMENTS
+
+UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class MACE(nn.Module):
@@ -59,11 +63,11 @@ class MACE(nn.Module):
             ImportError: mace-torch is not installed.
         """
         super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of e3nn about torch
+        with _torchscript_unmentioned():
             try:
-                from e3nn import o3
-                from mace import modules
+                with _loading_kept_safe():
+                    from e3nn import o3
+                    from mace import modules
             except ImportError as error:
                 raise ImportError(
                     f"{error}; it needs mace-torch: pip install 'nnp-runner[mace]'"
@@ -134,3 +138,29 @@ class MACE(nn.Module):
             "batch": batch.structure,
             "ptr": torch.cat([ends.new_zeros(1), ends]),
         }
+
+
+@contextmanager
+def _loading_kept_safe() -> Iterator[None]:
+    """Import e3nn and mace.
+
+    e3nn 0.4.4 loads slices, which torch has to be told are harmless; mace lets `torch.load` of the
+    whole process run whatever code a file has, which is taken back.
+    """
+    before = os.environ.get(UNSAFE)
+    try:
+        with torch.serialization.safe_globals([slice]):
+            yield
+    finally:
+        os.environ.pop(UNSAFE, None)
+        if before is not None:
+            os.environ[UNSAFE] = before
+
+
+@contextmanager
+def _torchscript_unmentioned() -> Iterator[None]:
+    """e3nn and mace compile pieces of theirs with TorchScript, of which torch warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", "The TorchScript type system", UserWarning)
+        yield
