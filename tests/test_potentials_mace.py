@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import ase
 import numpy as np
@@ -16,9 +17,10 @@ from ase.data import atomic_numbers
 from molecules import random_structures
 
 from runner.batches import make_batch
-from runner.config import potential_config
+from runner.config import LossConfig, potential_config
 from runner.conformance import examine
 from runner.errors import ConfigError, InputError
+from runner.losses import Loss
 from runner.potentials import Potential, build_potential
 from runner.potentials.mace import UNSAFE
 from runner.structures import Structures, concatenate
@@ -104,7 +106,31 @@ def test_it_is_built_where_nothing_imported_mace_before() -> None:
     command = [sys.executable, "-c", FRESH]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == ""  # it may be that of --json
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_few_steps_on_energies_and_forces_lower_the_loss() -> None:
+    potential = _built().double().train()
+    structures = random_structures([4, 5, 6])
+    rng = np.random.default_rng(0)
+    labels = {"forces": rng.normal(0, 0.1, structures.atoms["positions"].shape)}
+    energies = {"energy": rng.normal(0, 0.1, 3)}
+    labelled = replace(
+        structures, atoms=structures.atoms | labels, structures=structures.structures | energies
+    )
+    batch = make_batch(labelled, CUTOFF, torch.float64)
+    loss = Loss(LossConfig.model_validate({"energy": {}, "forces": {}}))
+    optimizer, values = torch.optim.Adam(potential.parameters(), lr=0.01), []
+    for _ in range(10):
+        terms = loss(potential(batch), batch)
+        optimizer.zero_grad()
+        sum(terms[name] for name in ("energy", "forces")).backward()
+        optimizer.step()
+        values.append({name: terms[name].item() for name in ("energy", "forces")})
+    assert values[-1]["forces"] < values[0]["forces"]
+    assert sum(values[-1].values()) < sum(values[0].values())
 
 
 @pytest.mark.slow

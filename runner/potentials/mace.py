@@ -6,9 +6,10 @@ It comes by the entry point `mace`, as any package's potential does, and needs t
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class MACE(nn.Module):
         correlation: int = 3,
         max_ell: int = 3,
         radial_basis: int = 8,
+        cutoff_p: int = 5,
         mean_neighbors: float = 12.0,
     ) -> None:
         """Build with random weights.
@@ -57,6 +59,7 @@ class MACE(nn.Module):
             correlation: order of the products of an atom's neighbours.
             max_ell: largest l of the spherical harmonics.
             radial_basis: Bessel functions.
+            cutoff_p: p of the polynomial that ends them at the cutoff.
             mean_neighbors: that sums over neighbours are divided by; of the order of the data's.
 
         Raises:
@@ -65,7 +68,7 @@ class MACE(nn.Module):
         super().__init__()
         with _torchscript_unmentioned():
             try:
-                with _loading_kept_safe():
+                with _side_effects_kept_out():
                     from e3nn import o3
                     from mace import modules
             except ImportError as error:
@@ -78,7 +81,7 @@ class MACE(nn.Module):
             self.network = modules.ScaleShiftMACE(
                 r_max=cutoff,
                 num_bessel=radial_basis,
-                num_polynomial_cutoff=5,
+                num_polynomial_cutoff=cutoff_p,
                 max_ell=max_ell,
                 interaction_cls=residual,
                 interaction_cls_first=residual,
@@ -141,7 +144,7 @@ class MACE(nn.Module):
 
 
 @contextmanager
-def _loading_kept_safe() -> Iterator[None]:
+def _side_effects_kept_out() -> Iterator[None]:
     """Import e3nn and mace.
 
     e3nn 0.4.4 loads slices, which torch has to be told are harmless; mace lets `torch.load` of the
@@ -149,7 +152,7 @@ def _loading_kept_safe() -> Iterator[None]:
     """
     before = os.environ.get(UNSAFE)
     try:
-        with torch.serialization.safe_globals([slice]):
+        with torch.serialization.safe_globals([slice]), redirect_stdout(sys.stderr):
             yield
     finally:
         os.environ.pop(UNSAFE, None)
