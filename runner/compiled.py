@@ -181,7 +181,7 @@ class CompiledStep:
     def _parts(self, batch: Batch) -> list[Batch]:
         """The batch in an even number of parts, or as it is, on other devices or if it is small."""
         n = 2 * -(-batch.pairs.shape[1] // (2 * PAIRS_IN_PART))
-        if batch.positions.device.type != "cpu" or batch.pairs.shape[1] <= PAIRS_IN_PART:
+        if batch.positions.device.type != "cpu" or batch.pairs.shape[1] < PAIRS_IN_PART // 2:
             return [batch]
         parts = batch.parts(n)
         return parts if all(_is_general(part) for part in parts) else [batch]

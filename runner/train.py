@@ -42,7 +42,7 @@ from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
 from runner.training import MONITOR, Training
 
-WORTH_COMPILING = 1e7  # pairs that a training computes; some 2e6 pay for the compiling
+WORTH_COMPILING = 5e6  # pairs that a training computes; some 2e6 pay for the compiling
 
 
 def train(
@@ -300,8 +300,24 @@ def _early_stopping(config: TrainConfig) -> list[Callback]:
 
 
 def _fit(trainer: lightning.Trainer, module: Training, data: PreparedDataModule) -> None:
-    with _quiet(), _ends_clearly(trainer, module.config.batch):
+    with _quiet(), _ends_clearly(trainer, module.config.batch), _threads(module):
         trainer.fit(module, datamodule=data)
+
+
+@contextlib.contextmanager
+def _threads(module: Training) -> Iterator[None]:
+    """Leave the cores to the compiled step's threads.
+
+    Where threads of torch's operations take turns with them, each of its thousands of parallel
+    regions waits for the other to wake up: a plain step then takes ten times as long.
+    """
+    before = torch.get_num_threads()
+    if module.compiled is not None:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -91,6 +91,7 @@ class Training(lightning.LightningModule):
         except RunError as error:
             if self.config.compile is True:
                 raise
+            torch.set_num_threads(self.compiled.threads)
             self.compiled = None
             self.say(f"the step is no longer compiled: {error.what}")
             return None

@@ -161,6 +161,8 @@ def _serve(pipe: Any, table: dict[str, Any], path: Path, compiled: bool, threads
     eager = Step(potential, loss, {"forces": True, "stress": False})
     step = CompiledStep(eager) if compiled else eager
     weights = loss.weights_at(0)
+    if compiled:
+        torch.set_num_threads(1)
     optimizer = torch.optim.AdamW(potential.parameters(), lr=1e-3, fused=True)
 
     def run(batches: list[Any]) -> float:
