@@ -17,9 +17,15 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_shortest_config_prepares_and_trains(tmp_path: Path) -> None:
-    shortest, batches = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    text = shortest + batches
+SHORTEST, POTENTIAL, BATCHES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+WITH_POTENTIAL = SHORTEST.replace('[train.potential]\nname = "painn"\n', POTENTIAL).replace(
+    "forces =", 'total_charge = { key = "total_charge" }\nforces =', 1
+)
+
+
+@pytest.mark.parametrize("text", [SHORTEST + BATCHES, WITH_POTENTIAL], ids=["short", "potential"])
+def test_the_configs_that_are_shown_prepare_and_train(tmp_path: Path, text: str) -> None:
+    assert text.count("[train.potential]") == 1
     config_file = tmp_path / "experiments" / "short" / "config.toml"
     config_file.parent.mkdir(parents=True)
     config_file.write_text(text)
