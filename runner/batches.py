@@ -98,17 +98,21 @@ class Batch:
         shifts = None if self.shifts is None else self.shifts.index_select(0, self.near)
         return replace(self, pairs=self.pairs.index_select(1, self.near), shifts=shifts, near=None)
 
-    def parts(self, n: int) -> list[Batch]:
+    def parts(self, n: int, least: int = 1) -> list[Batch]:
         """The batch in parts of whole structures, each with about as many pairs as the others.
 
         Args:
-            n: how many parts; there are fewer if there are fewer structures.
+            n: how many parts; there are fewer if there are too few structures.
+            least: structures of a part, unless the batch has fewer.
         """
         atoms = torch.cat([self.n_atoms.new_zeros(1), self.n_atoms.cumsum(0)])
         pairs = torch.searchsorted(self.pairs[0].contiguous(), atoms)
+        n = max(1, min(n, (len(atoms) - 1) // least))
         share = torch.arange(1, n) * (int(pairs[-1]) / n)
-        between = torch.searchsorted(pairs, share).tolist()
-        bounds = sorted({0, *between, len(atoms) - 1})
+        bounds, end = [0], len(atoms) - 1
+        for later, bound in zip(range(n - 1, 0, -1), torch.searchsorted(pairs, share), strict=True):
+            bounds.append(min(max(int(bound), bounds[-1] + least), end - later * least))
+        bounds.append(end)
         return [
             self._part(start, stop, atoms[[start, stop]].tolist(), pairs[[start, stop]].tolist())
             for start, stop in itertools.pairwise(bounds)

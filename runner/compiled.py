@@ -183,7 +183,7 @@ class CompiledStep:
         n = 2 * -(-batch.pairs.shape[1] // (2 * PAIRS_IN_PART))
         if batch.positions.device.type != "cpu" or batch.pairs.shape[1] < PAIRS_IN_PART // 2:
             return [batch]
-        parts = batch.parts(n)
+        parts = batch.parts(n, least=GENERAL_FROM)
         return parts if all(_is_general(part) for part in parts) else [batch]
 
     def _trace(

@@ -155,8 +155,7 @@ def test_parts_of_a_batch_are_its_structures_in_order(n: int) -> None:
     structures = replace(structures, structures=structures.structures | periodic)
     batch = make_batch(structures, 4.0, torch.float64, near=2.5)
     parts = batch.parts(n)
-    assert len(parts) == min(n, len(parts))
-    assert (n == 1) == (len(parts) == 1)
+    assert len(parts) == min(n, len(sizes))
     done = 0
     for part in parts:
         rows = np.arange(done, done + len(part.n_atoms))
@@ -176,3 +175,14 @@ def test_parts_of_a_batch_are_its_structures_in_order(n: int) -> None:
             else:
                 assert torch.equal(found, value), name
     assert done == len(sizes)
+
+
+@pytest.mark.parametrize("sizes", [[6] * 8, [20, 2, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 20], [5, 5, 5]])
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+def test_no_part_has_fewer_structures_than_asked_for(sizes: list[int], n: int) -> None:
+    batch = make_batch(random_structures(sizes), 4.0)
+    parts = batch.parts(n, least=2)
+    assert len(parts) == min(n, len(sizes) // 2)
+    assert min(len(part.n_atoms) for part in parts) >= 2
+    assert torch.cat([part.index for part in parts]).tolist() == list(range(len(sizes)))
+    assert len(batch.parts(n, least=len(sizes) + 1)) == 1

@@ -63,7 +63,14 @@ def _compare(step: Step, compiled: CompiledStep, block: Block, weights: dict[str
             assert (one - other).abs().max() < 1e-4 * largest
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of a dozen small structures are computed in parts, those of two as they are."""
+    monkeypatch.setattr(compiled_module, "PAIRS_IN_PART", 40)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("name", ["painn", "schnet", "tensornet"])
 def test_molecules_some_without_a_label(name: str) -> None:
     loss = {"energy": {"per_atom": True}, "forces": {"error": "huber"}, "dipole": {}}
@@ -77,8 +84,7 @@ def test_molecules_some_without_a_label(name: str) -> None:
         assert not compiled.fits(block.take(np.array(rows, np.int64)).batch())
 
 
-@pytest.mark.slow
-def test_crystals_with_stress() -> None:
+def _crystals() -> Structures:
     rng = np.random.default_rng(0)
     structures = random_structures([2, 3, 2, 4, 2, 3, 3, 2, 4, 2, 3, 2])
     cells = np.eye(3) * 4 + rng.uniform(-0.5, 0.5, (12, 3, 3))
@@ -87,10 +93,15 @@ def test_crystals_with_stress() -> None:
         "pbc": np.ones((12, 3), bool),
         "stress": rng.normal(size=(12, 3, 3)),
     }
-    structures = Structures(structures.first_atom, structures.atoms, arrays)
+    return Structures(structures.first_atom, structures.atoms, arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_parts")
+def test_crystals_with_stress() -> None:
     step = _step("painn", {"energy": {}, "forces": {}, "stress": {}})
     weights = {"energy": 1.0, "forces": 3.0, "stress": 0.5}
-    _compare(step, CompiledStep(step), Block.of(structures, CUTOFF), weights)
+    _compare(step, CompiledStep(step), Block.of(_crystals(), CUTOFF), weights)
 
 
 @pytest.mark.slow
@@ -121,6 +132,49 @@ def test_the_gradient_is_given_once_and_scaled(monkeypatch: pytest.MonkeyPatch) 
     (three,) = torch.autograd.grad(3 * result.total, weight)
     assert one.abs().max() > 0
     assert torch.allclose(three, 3 * one)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("reduction", ["structure", "atom"])
+def test_parts_give_what_the_whole_batch_does(
+    monkeypatch: pytest.MonkeyPatch, reduction: str
+) -> None:
+    monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
+    step = _step("schnet", {"energy": {}, "forces": {"reduction": reduction}, "dipole": {}})
+    structures = random_structures([3, 5, 4, 6, 2, 3, 4, 5, 3, 2, 6, 4])
+    block = Block.of(without(structures, "forces", [0, 1, 2, 3]), CUTOFF)  # a part has no label
+    compiled = CompiledStep(step, ["forces"])
+    parts = compiled._parts(block.batch())
+    assert len(parts) > 2
+    assert not parts[0].labelled["forces"].any()
+    _compare(step, compiled, block, {"energy": 1.0, "forces": 3.0, "dipole": 0.5})
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_parts_of_crystals_give_what_the_whole_batch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
+    step = _step("schnet", {"energy": {}, "forces": {}, "stress": {}})
+    compiled, block = CompiledStep(step), Block.of(_crystals(), CUTOFF)
+    assert len(compiled._parts(block.batch())) > 2
+    _compare(step, compiled, block, {"energy": 1.0, "forces": 3.0, "stress": 0.5})
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_numbers_are_the_same_to_the_bit_for_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
+    batch = Block.of(random_structures([3, 5, 4, 6, 2, 3, 4, 5]), CUTOFF).batch()
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        compiled = CompiledStep(_step("schnet", {"energy": {}, "forces": {}}))
+        result = compiled(batch, {"energy": 1.0, "forces": 3.0})
+        weights = list(compiled.step.potential.parameters())
+        gradients = torch.autograd.grad(result.total, weights, allow_unused=True)
+        found.append([result.total, *result.prediction.values(), *gradients])
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
 
 
 def test_a_wrong_compilation_is_noticed_and_another_one_tried(
