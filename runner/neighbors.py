@@ -101,12 +101,12 @@ def find_neighbors(
     search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
     for s in np.flatnonzero(periodic | (sizes > ALL_PAIRS_UP_TO)).tolist():
         rows = slice(first_atom[s], first_atom[s + 1])
-        box, repeats = np.zeros((3, 3)), np.zeros(3, bool)
+        points, box, repeats = positions[rows], np.zeros((3, 3)), np.zeros(3, bool)
         if periodic[s] and cell is not None and pbc is not None:
             repeats = pbc[s]
-            box = _box(cell[s], repeats, positions[rows], cutoff, s)
+            points, box = _box(cell[s], repeats, points, cutoff, s)
         i, j, images = search.compute(
-            points=positions[rows], box=box, periodic=repeats.tolist(), quantities="ijS"
+            points=points, box=box, periodic=repeats.tolist(), quantities="ijS"
         )
         counts[rows] = np.bincount(i.astype(np.int64), minlength=sizes[s])
         neighbors[s] = j.astype(np.int32)
@@ -162,8 +162,12 @@ def _all_pairs(
 
 def _box(
     cell: np.ndarray, repeats: np.ndarray, positions: np.ndarray, cutoff: float, number: int
-) -> np.ndarray:
-    """The cell with vectors that hold all atoms where it is not periodic."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The cell with vectors that hold all atoms where it is not periodic, and the atoms in it.
+
+    A search in cells takes time and memory by the box, so empty room between atoms along these
+    vectors is cut down to what keeps them apart: the same pairs are near.
+    """
     periodic = cell[repeats]
     lengths = np.linalg.norm(periodic, axis=1)
     real = bool(np.isfinite(periodic).all() and (lengths > 0).all())
@@ -178,8 +182,17 @@ def _box(
             remedy="give its cell, or pbc = False for a molecule",
         )
     box: np.ndarray = complete_cell(np.where(repeats[:, None], cell, 0.0))
-    extent = np.ptp(positions @ np.linalg.inv(box), axis=0) + 2 * cutoff
-    return np.where(repeats[:, None], box, box * extent[:, None])
+    along = positions @ np.linalg.inv(box)  # in Å where the cell is not periodic
+    order = np.argsort(along, axis=0)
+    gaps = np.diff(np.take_along_axis(along, order, axis=0), axis=0)
+    surplus = np.where(repeats, 0.0, np.maximum(gaps - 2 * cutoff, 0.0))
+    if surplus.any():
+        closed = np.zeros_like(along)
+        np.put_along_axis(closed, order[1:], surplus.cumsum(axis=0), axis=0)
+        along -= closed
+        positions = along @ box
+    extent = np.ptp(along, axis=0) + 2 * cutoff
+    return positions, np.where(repeats[:, None], box, box * extent[:, None])
 
 
 def _as_int8(shifts: np.ndarray, cutoff: float, number: int) -> np.ndarray:

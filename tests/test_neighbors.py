@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.geometry import complete_cell
 from ase.neighborlist import neighbor_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,10 +173,19 @@ def test_cells_that_are_none_are_refused_by_number(vectors: list[list[float]]) -
         find_neighbors(np.zeros((2, 3)), np.array([0, 1, 2]), 4.0, cell, pbc)
 
 
-def test_an_atom_far_away_from_a_wire_is_no_burden() -> None:
+@pytest.mark.parametrize("pbc", [[True, False, False], [False, True, True]])
+def test_groups_of_atoms_far_from_each_other_have_the_pairs_of_each(pbc: list[bool]) -> None:
     rng = np.random.default_rng(0)
-    positions = np.concatenate([rng.uniform(0, 10, (30, 3)), [[1e3, 1e3, 1e3]]])
-    cell, pbc = np.diag([10.0, 1, 1])[None], np.array([[True, False, False]])
-    (pairs,) = _found(positions, np.array([0, 31]), 4.0, cell, pbc)
-    expected = _ase(Atoms("H30", positions[:30], cell=[10, 0, 0], pbc=[True, False, False]), 4.0)
-    assert sorted(p for p in pairs if 30 not in p[:2]) == expected
+    cell = np.array([[10.0, 1, 2], [0, 9, 3], [1, 0, 8]])
+    away = complete_cell(np.where(np.array(pbc)[:, None], cell, 0))[~np.array(pbc)].sum(axis=0)
+    groups = [rng.uniform(0, 10, (20, 3)) + far * away for far in (0, -800, 1000)]
+    mixed = rng.permutation(60)
+    back = np.argsort(mixed)
+    (pairs,) = _found(
+        np.concatenate(groups)[mixed], np.array([0, 60]), 4.0, cell[None], np.array([pbc])
+    )
+    expected = []
+    for g, group in enumerate(groups):
+        alone = _ase(Atoms("H20", group, cell=cell, pbc=pbc), 4.0)
+        expected += [(back[i + 20 * g], back[j + 20 * g], *shift) for i, j, *shift in alone]
+    assert sorted(pairs) == sorted(expected)
