@@ -27,15 +27,14 @@ class Batch:
         structure: which structure each atom belongs to.
         n_atoms: atoms of each structure.
         index: the number that each structure has in its split of the prepared dataset.
-        pairs: rows of centres i and of neighbours j within the cutoff, both ways round, sorted
-            by i.
+        half_pairs: rows of atoms i and j within the cutoff, each pair once, sorted by i.
         labels: reference values by name, as `runner.fields` shapes them; NaN where missing.
         labelled: of each label that some structure lacks, which structures have it whole.
         cell: Å, rows are the lattice vectors; None if the data has no periodic structures.
-        shifts: how many lattice vectors further on the neighbour of each pair is: the image lies
-            at r_j + shift · cell. None if the data has no periodic structures.
-        near: rows of `pairs` that an architecture sees, where others of the potential's terms look
-            further; None if they all are.
+        half_shifts: how many lattice vectors further on the j of each pair is: the image lies at
+            r_j + shift · cell. None if the data has no periodic structures.
+        half_near: rows of `half_pairs` that an architecture sees, where others of the potential's
+            terms look further; None if they all are.
     """
 
     atomic_numbers: Int64[Tensor, " n_atoms"]
@@ -43,17 +42,32 @@ class Batch:
     structure: Int64[Tensor, " n_atoms"]
     n_atoms: Int64[Tensor, " n_structures"]
     index: Int64[Tensor, " n_structures"]
-    pairs: Int64[Tensor, "2 n_pairs"]
+    half_pairs: Int64[Tensor, "2 n_half"]
     labels: dict[str, Float[Tensor, "n ..."]]
     labelled: dict[str, Bool[Tensor, " n_structures"]]
     cell: Float[Tensor, "n_structures 3 3"] | None = None
-    shifts: Int8[Tensor, "n_pairs 3"] | None = None
-    near: Int64[Tensor, " n_near"] | None = None
+    half_shifts: Int8[Tensor, "n_half 3"] | None = None
+    half_near: Int64[Tensor, " n_near"] | None = None
 
     @property
     def n_structures(self) -> int | torch.SymInt:
         """Structures in the batch; a symbol where a computation on it is traced."""
         return self.n_atoms.shape[0]
+
+    @property
+    def pairs(self) -> Int64[Tensor, "2 n_pairs"]:
+        """Rows of centres i and of neighbours j: every pair, then every pair the other way round.
+
+        So row k of what is computed for `half_pairs` belongs to rows k and n_half + k here.
+        """
+        return torch.cat([self.half_pairs, self.half_pairs.flip(0)], dim=1)
+
+    @property
+    def shifts(self) -> Int8[Tensor, "n_pairs 3"] | None:
+        """How many lattice vectors further on the neighbour j of each of `pairs` is."""
+        if self.half_shifts is None:
+            return None
+        return torch.cat([self.half_shifts, -self.half_shifts])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -67,12 +81,12 @@ class Batch:
             move(self.structure),
             move(self.n_atoms),
             move(self.index),
-            move(self.pairs),
+            move(self.half_pairs),
             {name: move(label) for name, label in self.labels.items()},
             {name: move(mask) for name, mask in self.labelled.items()},
             None if self.cell is None else move(self.cell),
-            None if self.shifts is None else move(self.shifts),
-            None if self.near is None else move(self.near),
+            None if self.half_shifts is None else move(self.half_shifts),
+            None if self.half_near is None else move(self.half_near),
         )
 
     def none(self) -> Batch:
@@ -83,20 +97,22 @@ class Batch:
             self.structure[:0],
             self.n_atoms[:0],
             self.index[:0],
-            self.pairs[:, :0],
+            self.half_pairs[:, :0],
             {name: label[:0] for name, label in self.labels.items()},
             {},
             None if self.cell is None else self.cell[:0],
-            None if self.shifts is None else self.shifts[:0],
-            None if self.near is None else self.near[:0],
+            None if self.half_shifts is None else self.half_shifts[:0],
+            None if self.half_near is None else self.half_near[:0],
         )
 
     def nearest(self) -> Batch:
         """The same with the near pairs alone."""
-        if self.near is None:
+        if self.half_near is None:
             return self
-        shifts = None if self.shifts is None else self.shifts.index_select(0, self.near)
-        return replace(self, pairs=self.pairs.index_select(1, self.near), shifts=shifts, near=None)
+        pairs, shifts = self.half_pairs.index_select(1, self.half_near), self.half_shifts
+        if shifts is not None:
+            shifts = shifts.index_select(0, self.half_near)
+        return replace(self, half_pairs=pairs, half_shifts=shifts, half_near=None)
 
     def parts(self, n: int, least: int = 1) -> list[Batch]:
         """The batch in parts of whole structures, each with about as many pairs as the others.
@@ -106,7 +122,7 @@ class Batch:
             least: structures of a part, unless the batch has fewer.
         """
         atoms = torch.cat([self.n_atoms.new_zeros(1), self.n_atoms.cumsum(0)])
-        pairs = torch.searchsorted(self.pairs[0].contiguous(), atoms)
+        pairs = torch.searchsorted(self.half_pairs[0].contiguous(), atoms)
         n = max(1, min(n, (len(atoms) - 1) // least))
         share = torch.arange(1, n) * (int(pairs[-1]) / n)
         bounds, end = [0], len(atoms) - 1
@@ -121,7 +137,7 @@ class Batch:
     def _part(self, start: int, stop: int, atoms: list[int], pairs: list[int]) -> Batch:
         """Some structures, whose rows among the atoms and pairs are known."""
         one, atom, pair = slice(start, stop), slice(*atoms), slice(*pairs)
-        near = self.near
+        near = self.half_near
         if near is not None:
             bounds = torch.searchsorted(near, torch.tensor(pairs)).tolist()
             near = near[slice(*bounds)] - pairs[0]
@@ -131,11 +147,11 @@ class Batch:
             self.structure[atom] - start,
             self.n_atoms[one],
             self.index[one],
-            self.pairs[:, pair] - atoms[0],
+            self.half_pairs[:, pair] - atoms[0],
             {n: v[atom if FIELDS[n].per == "atom" else one] for n, v in self.labels.items()},
             {name: mask[one] for name, mask in self.labelled.items()},
             None if self.cell is None else self.cell[one],
-            None if self.shifts is None else self.shifts[pair],
+            None if self.half_shifts is None else self.half_shifts[pair],
             near,
         )
 
@@ -161,9 +177,9 @@ class Block:
         first_pair: row pointer of the pairs' arrays.
         atoms: arrays with a row an atom.
         structures: arrays with a row a structure.
-        pairs: arrays with a row a pair: `center` and `neighbor`, numbered within their structure,
-            and the `shift` to the neighbour's image; `near`, whether an architecture sees it, where
-            not all are seen.
+        pairs: arrays with a row a pair, each pair once: `center` and `neighbor`, numbered within
+            their structure, and the `shift` to the neighbour's image; `near`, whether an
+            architecture sees it, where not all are seen.
         labelled: of each label that some structure lacks, which structures have it whole.
     """
 
@@ -304,7 +320,7 @@ class Block:
             structure=torch.from_numpy(structure),
             n_atoms=torch.from_numpy(sizes),
             index=torch.from_numpy(self.index),
-            pairs=torch.from_numpy(ij),
+            half_pairs=torch.from_numpy(ij),
             labels={name: tensors[name] for name in LABELS if name in tensors},
             labelled={
                 name: torch.from_numpy(mask)
@@ -312,8 +328,8 @@ class Block:
                 if not mask.all()
             },
             cell=tensors.get("cell"),
-            shifts=tensors.get("shift"),
-            near=tensors["near"].nonzero().squeeze(-1) if "near" in tensors else None,
+            half_shifts=tensors.get("shift"),
+            half_near=tensors["near"].nonzero().squeeze(-1) if "near" in tensors else None,
         )
 
 

@@ -42,7 +42,7 @@ LIBERTIES: list[dict[str, Any]] = [
 # a program in C++ lets other threads of Python run beside it; it has no threads of its own, which
 # would cost the many small operations of a step more than they bring
 ON_CPU: dict[str, Any] = {"cpp_wrapper": True, "cpp.threads": 1}
-PAIRS_IN_PART = 800  # what pairs have for features then stays in a core's cache
+PAIRS_IN_PART = 400  # what pairs have for features then stays in a core's cache
 GENERAL_FROM = 2  # sizes of 0 and 1 are special to a compiler
 
 
@@ -113,9 +113,7 @@ class CompiledStep:
         self._layout: _Layout | None = None
         self._calls = 0
         self.threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(
-            self.threads, initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._pool = ThreadPoolExecutor(self.threads, initializer=_alone)
 
     def fits(self, batch: Batch) -> bool:
         """Whether the batch is of general size: two structures, atoms and pairs at least.
@@ -180,9 +178,10 @@ class CompiledStep:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The batch in an even number of parts, or as it is, on other devices or if it is small."""
-        n = 2 * -(-batch.pairs.shape[1] // (2 * PAIRS_IN_PART))
-        if batch.positions.device.type != "cpu" or batch.pairs.shape[1] < PAIRS_IN_PART // 2:
+        n_pairs = batch.half_pairs.shape[1]
+        if batch.positions.device.type != "cpu" or n_pairs < PAIRS_IN_PART // 2:
             return [batch]
+        n = 2 * -(-n_pairs // (2 * PAIRS_IN_PART))
         parts = batch.parts(n, least=GENERAL_FROM)
         return parts if all(_is_general(part) for part in parts) else [batch]
 
@@ -249,8 +248,8 @@ def _alone() -> None:
 
 def _is_general(batch: Batch) -> bool:
     """Whether it has two structures, atoms and pairs at least."""
-    sizes = [batch.n_atoms.shape[0], batch.positions.shape[0], batch.pairs.shape[1]]
-    sizes += [] if batch.near is None else [batch.near.shape[0]]
+    sizes = [batch.n_atoms.shape[0], batch.positions.shape[0], batch.half_pairs.shape[1]]
+    sizes += [] if batch.half_near is None else [batch.half_near.shape[0]]
     return min(sizes) >= GENERAL_FROM
 
 
@@ -356,7 +355,7 @@ def _batch(like: Batch, tensors: Mapping[str, Tensor]) -> Batch:
 def _symbolic(mode: FakeTensorMode, name: str, tensor: Tensor) -> Tensor:
     """A stand-in whose number of structures, atoms or pairs is a symbol."""
     sizes = [DimDynamic.STATIC] * tensor.dim()
-    sizes[1 if name == "pairs" else 0] = DimDynamic.DYNAMIC
+    sizes[1 if name == "half_pairs" else 0] = DimDynamic.DYNAMIC
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 

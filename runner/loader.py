@@ -52,7 +52,7 @@ class Sample:
     Attributes:
         n: how many.
         n_bytes: memory that they take with their neighbour lists.
-        n_pairs: that they have.
+        n_pairs: that they have, both ways round.
         alone: how many of them have several atoms, none within the cutoff of another.
     """
 
@@ -110,7 +110,7 @@ class Split:
         alone = (np.diff(block.first_pair) == 0) & (np.diff(block.first_atom) > 1)
         if self.near is not None:
             block = Block.of(structures, self.cutoff, near=self.near)
-        return Sample(n, block.n_bytes, int(block.first_pair[-1]), int(alone.sum()))
+        return Sample(n, block.n_bytes, 2 * int(block.first_pair[-1]), int(alone.sum()))
 
     def bytes_needed(self) -> int:
         """Memory that all of it takes with its neighbour lists, as its first structures tell."""
@@ -226,8 +226,11 @@ class InMemory:
 
 
 def pairs_in_budget(block: Block) -> Int64[np.ndarray, " n_structures"]:
-    """Pairs of each structure, or its atoms if they are more, so that batches are bounded."""
-    return np.maximum(np.diff(block.first_pair), np.diff(block.first_atom))
+    """Neighbours of all atoms of each structure, or its atoms if they are more.
+
+    So batches are bounded whatever the structures look like.
+    """
+    return np.maximum(2 * np.diff(block.first_pair), np.diff(block.first_atom))
 
 
 class Shared(InMemory):
@@ -341,12 +344,12 @@ class OnDevice:
             structure=structure,
             n_atoms=n_atoms,
             index=chosen,
-            pairs=torch.stack([found["center"] + first, found["neighbor"] + first]),
+            half_pairs=torch.stack([found["center"] + first, found["neighbor"] + first]),
             labels={name: found[name] for name in LABELS if name in found},
             labelled={name: self._move(mask) for name, mask in masks.items() if not mask.all()},
             cell=found.get("cell"),
-            shifts=found.get("shift"),
-            near=found["near"].nonzero().squeeze(-1) if "near" in found else None,
+            half_shifts=found.get("shift"),
+            half_near=found["near"].nonzero().squeeze(-1) if "near" in found else None,
         )
 
     def pairs(self) -> Int64[np.ndarray, " n_structures"]:

@@ -20,10 +20,12 @@ FURTHEST_IMAGE = 127  # cells; what an int8 holds
 
 @dataclass(frozen=True)
 class NeighborLists:
-    """Who sees whom: the neighbours of each atom, atom after atom.
+    """Who sees whom, each pair once: of each atom its neighbours of higher number, atom after atom.
+
+    Of an atom's own images, one of each two that lie opposite to each other is its neighbour.
 
     Attributes:
-        counts: neighbours of each atom.
+        counts: such neighbours of each atom.
         neighbors: their numbers within their structure, from 0.
         shifts: how many of the three cell vectors further on each neighbour is; None if no
             structure is periodic.
@@ -57,7 +59,7 @@ def find_neighbors(
     cell: Float[np.ndarray, "n_structures 3 3"] | None = None,
     pbc: Bool[np.ndarray, "n_structures 3"] | None = None,
 ) -> NeighborLists:
-    """All ordered pairs of atoms of one structure, images included, closer than the cutoff.
+    """All pairs of atoms of one structure, images included, closer than the cutoff.
 
     For molecules of up to 256 atoms all distances are computed, those of many molecules of like
     size at once; larger and periodic structures have vesin's cell lists.
@@ -69,9 +71,6 @@ def find_neighbors(
         cutoff: Å; a pair at this distance is left out. Infinite: all pairs of each molecule.
         cell: Å, rows are the vectors; those of directions that are not periodic do not count.
         pbc: along which vectors each structure repeats; none, if not given.
-
-    Returns:
-        Lists in which an atom is its own neighbour only as an image.
 
     Raises:
         DatasetError: vectors along which a structure is periodic are zero or linearly dependent;
@@ -108,6 +107,7 @@ def find_neighbors(
         i, j, images = search.compute(
             points=points, box=box, periodic=repeats.tolist(), quantities="ijS"
         )
+        i, j, images = (found[_once(i, j, images)] for found in (i, j, images))
         counts[rows] = np.bincount(i.astype(np.int64), minlength=sizes[s])
         neighbors[s] = j.astype(np.int32)
         if shifts is not None:
@@ -117,6 +117,16 @@ def find_neighbors(
         np.concatenate(neighbors) if neighbors else np.empty(0, np.int32),
         None if shifts is None else np.concatenate([np.empty((0, 3), np.int8), *shifts]),
     )
+
+
+def _once(i: np.ndarray, j: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """Which of the pairs, that are there both ways round, are kept: those whose i is lower.
+
+    Of an atom and its own image that whose first shift that is not zero is positive.
+    """
+    first = shifts[np.arange(len(shifts)), np.argmax(shifts != 0, axis=1)]
+    kept: np.ndarray = (i < j) | ((i == j) & (first > 0))
+    return kept
 
 
 def _refuse_periodic(periodic: np.ndarray) -> None:
@@ -155,7 +165,7 @@ def _all_pairs(
     padded[:, there] = positions[atoms].T
     separation = padded[:, :, :, None] - padded[:, :, None, :]
     near = np.einsum("ksij,ksij->sij", separation, separation) < cutoff**2
-    near[:, np.arange(width), np.arange(width)] = False
+    near &= np.arange(width) > np.arange(width)[:, None]
     per_atom = np.count_nonzero(near, axis=2)[there].astype(np.int32)
     return atoms, per_atom, (np.flatnonzero(near) % max(width, 1)).astype(np.int32)
 

@@ -140,7 +140,13 @@ def test_images_lie_where_the_shifts_say() -> None:
 
 def test_moving_a_batch_moves_every_tensor() -> None:
     moved = make_batch(without(random_structures([2, 3]), "energy", [1]), 5.0).to("meta")
-    tensors = [moved.atomic_numbers, moved.positions, moved.structure, moved.n_atoms, moved.pairs]
+    tensors = [
+        moved.atomic_numbers,
+        moved.positions,
+        moved.structure,
+        moved.n_atoms,
+        moved.half_pairs,
+    ]
     tensors += [*moved.labels.values(), *moved.labelled.values()]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 

@@ -66,7 +66,7 @@ def _compare(step: Step, compiled: CompiledStep, block: Block, weights: dict[str
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of a dozen small structures are computed in parts, those of two as they are."""
-    monkeypatch.setattr(compiled_module, "PAIRS_IN_PART", 40)
+    monkeypatch.setattr(compiled_module, "PAIRS_IN_PART", 20)
 
 
 @pytest.mark.slow

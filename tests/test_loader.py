@@ -441,12 +441,12 @@ def test_pairs_that_the_architecture_sees_are_marked(
     batches = list(BatchLoader(_source(split, residence), _order(split, "structures")))
     assert batches
     for batch in batches:
-        i, j = batch.pairs
+        i, j = batch.half_pairs
         separation = batch.positions[i] - batch.positions[j]
-        if batch.shifts is not None and batch.cell is not None:
+        if batch.half_shifts is not None and batch.cell is not None:
             cells = batch.cell[batch.structure[i]]
-            separation -= torch.einsum("pk,pkx->px", batch.shifts.float(), cells)
+            separation -= torch.einsum("pk,pkx->px", batch.half_shifts.float(), cells)
         expected = (separation.norm(dim=-1) < 2.0).nonzero().squeeze(-1)
-        assert batch.near is not None
-        assert torch.equal(batch.near, expected)
-        assert torch.equal(batch.nearest().pairs, batch.pairs[:, expected])
+        assert batch.half_near is not None
+        assert torch.equal(batch.half_near, expected)
+        assert torch.equal(batch.nearest().half_pairs, batch.half_pairs[:, expected])

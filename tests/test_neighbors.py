@@ -31,7 +31,7 @@ def _found(
     cell: np.ndarray | None = None,
     pbc: np.ndarray | None = None,
 ) -> Iterator[list[Pair]]:
-    """(i, j, shift) of the pairs of each structure."""
+    """(i, j, shift) of the pairs of each structure, both ways round; each is found once."""
     lists = find_neighbors(positions, first_atom, cutoff, cell, pbc)
     assert (lists.shifts is None) == (pbc is None)
     first_pair = np.concatenate([[0], np.cumsum(lists.counts)])
@@ -40,7 +40,9 @@ def _found(
         i = np.repeat(np.arange(stop - start), lists.counts[start:stop])
         j = lists.neighbors[rows]
         shifts = np.zeros((len(j), 3), int) if lists.shifts is None else lists.shifts[rows]
-        yield list(zip(i.tolist(), j.tolist(), *shifts.T.tolist(), strict=True))
+        once = list(zip(i.tolist(), j.tolist(), *shifts.T.tolist(), strict=True))
+        assert all(i < j or (i == j and image > [0, 0, 0]) for i, j, *image in once)
+        yield once + [(j, i, *(-k for k in image)) for i, j, *image in once]
 
 
 def _ase(atoms: Atoms, cutoff: float) -> list[Pair]:

@@ -248,8 +248,8 @@ def test_terms_add_to_what_the_architecture_gives() -> None:
     )
     assert (full.cutoff, full.near, plain.cutoff, plain.near) == (np.inf, 4.0, 4.0, None)
     batch = make_batch(structures, np.inf, torch.float64, near=CUTOFF)
-    assert batch.near is not None
-    assert 0 < len(batch.near) < batch.pairs.shape[1]
+    assert batch.half_near is not None
+    assert 0 < len(batch.half_near) < batch.half_pairs.shape[1]
     alone = plain(make_batch(structures, CUTOFF, torch.float64))
     together = full(batch)
     terms = ZBL(2.0)(batch) + DampedCoulomb(CUTOFF)(batch, alone["charges"])

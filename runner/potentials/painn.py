@@ -14,9 +14,10 @@ from runner.potentials.components import (
     AtomEmbedding,
     BesselBasis,
     Readouts,
+    both_ways,
     cosine_cutoff,
+    half_pair_vectors,
     mlp,
-    pair_vectors,
 )
 
 EPSILON = 1e-8  # under the root of a vector's norm, which keeps its slope finite at zero
@@ -52,7 +53,7 @@ class PaiNN(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, " n_atoms"]]:
         """Per-atom `energies`, of order one, and what else the heads read out."""
-        distance, direction = pair_vectors(batch)
+        distance, direction = half_pair_vectors(batch)
         envelope = cosine_cutoff(distance, self.config.cutoff).unsqueeze(-1)
         filters = self.filters(self.basis(distance)) * envelope
         scalars = self.embedding(batch)
@@ -78,17 +79,16 @@ class Message(nn.Module):
         self,
         scalars: Float[Tensor, "n_atoms features"],
         vectors: Float[Tensor, "n_atoms 3 features"],
-        filters: Float[Tensor, "n_pairs filters"],
-        direction: Float[Tensor, "n_pairs 3"],
+        filters: Float[Tensor, "n_half filters"],
+        direction: Float[Tensor, "n_half 3"],
         pairs: Tensor,
     ) -> tuple[Float[Tensor, "n_atoms features"], Float[Tensor, "n_atoms 3 features"]]:
         """Features after the message."""
         i, j = pairs
-        message = self.phi(scalars).index_select(0, j) * filters
+        message = both_ways(self.phi(scalars).index_select(0, j), filters)
         ds, along, through = message.split(self.features, dim=-1)
-        dv = vectors.index_select(0, j) * through.unsqueeze(1) + direction.unsqueeze(
-            -1
-        ) * along.unsqueeze(1)
+        unit = torch.cat([direction, -direction]).unsqueeze(-1)
+        dv = vectors.index_select(0, j) * through.unsqueeze(1) + unit * along.unsqueeze(1)
         return scalars.index_add(0, i, ds), vectors.index_add(0, i, dv)
 
 

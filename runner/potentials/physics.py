@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from runner.batches import Batch
 from runner.config import EnergyConfig
 from runner.errors import DatasetError
-from runner.potentials.components import N_ELEMENTS, pair_vectors
+from runner.potentials.components import N_ELEMENTS, half_pair_vectors
 
 COULOMB: float = constants.elementary_charge * 1e10 / (4 * math.pi * constants.epsilon_0)
 """e²/(4πε₀) in eV·Å, 14.3996."""
@@ -170,17 +170,17 @@ class DampedCoulomb(nn.Module):
         self, batch: Batch, charges: Float[Tensor, " n_atoms"]
     ) -> Float[Tensor, " n_atoms"]:
         """Energies, eV, each atom having half of its pairs'."""
-        i, j = batch.pairs
-        distance, _ = pair_vectors(batch)
+        i, j = batch.half_pairs
+        distance, _ = half_pair_vectors(batch)
         damped = self._inverse(torch.sqrt(distance * distance + 1.0))
         near = quintic_cutoff(2 * distance, self.switch)
         chi = near * damped + (1 - near) * self._inverse(distance)
         if math.isfinite(self.cutoff):
             chi = torch.where(distance < self.cutoff, chi, 0.0)
         energies = charges.index_select(0, i) * charges.index_select(0, j) * chi
-        return torch.zeros_like(charges).index_add(0, i, energies) * (0.5 * COULOMB)
+        return _shared(energies, batch) * (0.5 * COULOMB)
 
-    def _inverse(self, length: Float[Tensor, " n_pairs"]) -> Float[Tensor, " n_pairs"]:
+    def _inverse(self, length: Float[Tensor, " n_half"]) -> Float[Tensor, " n_half"]:
         shifted = 1 / length
         if math.isfinite(self.cutoff):
             shifted = shifted + length / self.cutoff**2 - 2 / self.cutoff
@@ -210,8 +210,8 @@ class ZBL(nn.Module):
     def forward(self, batch: Batch, charges: object = None) -> Float[Tensor, " n_atoms"]:  # noqa: ARG002
         """Energies, eV, each atom having half of its pairs'."""
         batch = batch.nearest()
-        i, j = batch.pairs
-        distance, _ = pair_vectors(batch)
+        i, j = batch.half_pairs
+        distance, _ = half_pair_vectors(batch)
         z = batch.atomic_numbers.to(distance.dtype)
         size = z**0.23
         x = distance * (size.index_select(0, i) + size.index_select(0, j)) / (0.8854 * BOHR)
@@ -220,4 +220,11 @@ class ZBL(nn.Module):
         ).sum(0)
         energies = z.index_select(0, i) * z.index_select(0, j) * screening / distance
         energies = energies * quintic_cutoff(distance, self.cutoff)
-        return torch.zeros_like(z).index_add(0, i, energies) * (0.5 * COULOMB)
+        return _shared(energies, batch) * (0.5 * COULOMB)
+
+
+def _shared(values: Float[Tensor, " n_half"], batch: Batch) -> Float[Tensor, " n_atoms"]:
+    """The sum of what each pair has, at both of its atoms."""
+    i, j = batch.half_pairs
+    zeros = values.new_zeros(batch.positions.shape[0])
+    return zeros.index_add(0, i, values).index_add(0, j, values)

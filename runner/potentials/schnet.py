@@ -15,10 +15,11 @@ from runner.potentials.components import (
     GaussianBasis,
     Readouts,
     ShiftedSoftplus,
+    both_ways,
     cosine_cutoff,
+    half_pair_vectors,
     linear,
     mlp,
-    pair_vectors,
 )
 
 
@@ -58,7 +59,7 @@ class SchNet(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, " n_atoms"]]:
         """Per-atom `energies`, of order one, and what else the heads read out."""
-        distance, _ = pair_vectors(batch)
+        distance, _ = half_pair_vectors(batch)
         envelope = cosine_cutoff(distance, self.config.cutoff).unsqueeze(-1)
         filters = self.filters(self.basis(distance)) * envelope
         atoms = self.embedding(batch)
@@ -83,8 +84,8 @@ class Filters(nn.Module):
             nn.init.xavier_uniform_(layer)
 
     def forward(
-        self, basis: Float[Tensor, "n_pairs radial_basis"]
-    ) -> Float[Tensor, "interactions n_pairs features"]:
+        self, basis: Float[Tensor, "n_half radial_basis"]
+    ) -> Float[Tensor, "interactions n_half features"]:
         """Filters before their cutoff."""
         hidden = self.activation(self.first(basis))
         by_interaction = hidden.unflatten(-1, (len(self.weight), -1)).transpose(0, 1)
@@ -103,11 +104,11 @@ class Interaction(nn.Module):
     def forward(
         self,
         atoms: Float[Tensor, "n_atoms features"],
-        filters: Float[Tensor, "n_pairs features"],
+        filters: Float[Tensor, "n_half features"],
         pairs: Tensor,
     ) -> Float[Tensor, "n_atoms features"]:
         """What is added to the features."""
         i, j = pairs
-        message = self.before(atoms).index_select(0, j) * filters
+        message = both_ways(self.before(atoms).index_select(0, j), filters)
         change: Tensor = self.after(torch.zeros_like(atoms).index_add(0, i, message))
         return change

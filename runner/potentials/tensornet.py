@@ -16,8 +16,9 @@ from runner.potentials.components import (
     AtomEmbedding,
     ExpNormalBasis,
     Readouts,
+    both_ways,
     cosine_cutoff,
-    pair_vectors,
+    half_pair_vectors,
 )
 
 Parts: TypeAlias = tuple[
@@ -127,7 +128,7 @@ class TensorNet(Matrices):
 
     def forward(self, batch: Batch) -> dict[str, Float[Tensor, " n_atoms"]]:
         """Per-atom `energies`, of order one, and what else the heads read out."""
-        distance, direction = pair_vectors(batch)
+        distance, direction = half_pair_vectors(batch)
         first, *filters = self.filters(distance)
         first_own, *filters_own = self.filters(distance.new_zeros(1))
         x = self.embedding(batch, first, first_own, direction)
@@ -153,8 +154,8 @@ class Filters(nn.Module):
         self.third = _linears(self.interactions, 2 * self.features, 3 * self.features)
 
     def forward(
-        self, distance: Float[Tensor, " n_pairs"]
-    ) -> list[Float[Tensor, "n_pairs 3 channels"]]:
+        self, distance: Float[Tensor, " n_half"]
+    ) -> list[Float[Tensor, "n_half 3 channels"]]:
         """The embedding's, which are linear in the basis, then those of each interaction."""
         envelope = cosine_cutoff(distance, self.cutoff).unsqueeze(-1)
         first = self.first(self.basis(distance) * envelope)
@@ -190,22 +191,25 @@ class Embedding(Matrices):
     def forward(
         self,
         batch: Batch,
-        filters: Float[Tensor, "n_pairs 3 channels"],
+        filters: Float[Tensor, "n_half 3 channels"],
         filters_own: Float[Tensor, "1 3 channels"],
-        direction: Float[Tensor, "n_pairs 3"],
+        direction: Float[Tensor, "n_half 3"],
     ) -> Float[Tensor, "n_atoms 3 3 channels"]:
         """Matrices of the atoms."""
         i, j = batch.pairs
         elements = self.elements(batch)
         centre, neighbor = self.centre(elements), self.neighbor(elements)
         z = centre.index_select(0, i) + neighbor.index_select(0, j)
-        w_i, w_a, w_s = (filters * z.unsqueeze(1)).chunk(3, dim=1)
+        w_i, w_a, w_s = both_ways(z.unsqueeze(1), filters).chunk(3, dim=1)
         t = ((centre + neighbor) * filters_own[:, 0]).unsqueeze(1).index_add(0, i, w_i)
         a, s = (
             t.new_zeros(t.shape[0], geometry.shape[1], t.shape[2]).index_add(
                 0, i, w * geometry.unsqueeze(-1)
             )
-            for w, geometry in ((w_a, direction), (w_s, traceless_square(direction)))
+            for w, geometry in (
+                (w_a, torch.cat([direction, -direction])),
+                (w_s, traceless_square(direction).repeat(2, 1)),
+            )
         )
         norm = self.norm(squared_norm(self.compose((t, a, s))))
         gates = self.gates(norm).unflatten(-1, (3, -1)).chunk(3, dim=1)
@@ -223,7 +227,7 @@ class Interaction(Matrices):
     def forward(
         self,
         x: Float[Tensor, "n_atoms 3 3 channels"],
-        filters: Float[Tensor, "n_pairs 3 channels"],
+        filters: Float[Tensor, "n_half 3 channels"],
         filters_own: Float[Tensor, "1 3 channels"],
         pairs: Tensor,
     ) -> Float[Tensor, "n_atoms 3 3 channels"]:
@@ -233,7 +237,7 @@ class Interaction(Matrices):
         parts = self.before(self.decompose(x))
         own = scaled(parts, filters_own.chunk(3, dim=1))
         t, a, s = (
-            mine.index_add(0, i, theirs.index_select(0, j) * w)
+            mine.index_add(0, i, both_ways(theirs.index_select(0, j), w))
             for mine, theirs, w in zip(own, parts, filters.chunk(3, dim=1), strict=True)
         )
         y, message = self.compose(parts), self.compose((t, a, s))
