@@ -16,6 +16,9 @@ from runner.fields import CELL, FIELDS, LABELS, PBC, POSITIONS
 from runner.neighbors import find_neighbors
 from runner.structures import Structures, ragged_rows
 
+PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64}
+SINGLE = PRECISIONS["32-true"]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -196,7 +199,7 @@ class Block:
         cls,
         structures: Structures,
         cutoff: float,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = SINGLE,
         first: int = 0,
         near: float | None = None,
     ) -> Block:
@@ -348,7 +351,7 @@ def _masked(blocks: Sequence[Block]) -> list[str]:
 def make_batch(
     structures: Structures,
     cutoff: float,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = SINGLE,
     near: float | None = None,
 ) -> Batch:
     """All of some structures as one batch.

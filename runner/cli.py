@@ -25,6 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+LATEST = "latest"
+
 Experiment = Annotated[Path, typer.Argument(help="Directory with a config.toml, or a TOML file.")]
 Settings = Annotated[
     list[str] | None,
@@ -64,14 +66,23 @@ def train(
     experiment: Experiment,
     settings: Settings = None,
     data_dir: DataDir = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[RUN]",
+            help="Go on exactly where a run stopped: a run directory [default: the latest].",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train on the prepared dataset of an experiment, into a new run directory."""
+    """Train on the prepared dataset of an experiment, into a new run directory or an old one."""
     path, config, folder = _open(experiment, settings, data_dir)
     from runner.terminal import Terminal
     from runner.train import train as verb
 
-    result = verb(config, path, folder, Terminal(stderr=as_json), command=sys.argv)
+    old = path.parent / "runs" / "latest" if resume == LATEST else resume
+    run = None if old is None else Path(old)
+    result = verb(config, path, folder, Terminal(stderr=as_json), sys.argv, run)
     _print_json(result, as_json)
 
 
@@ -158,6 +169,18 @@ def _open(
     return path, load_config(path, settings or []), data_dir or default_data_dir(path)
 
 
+def _spelt_out(arguments: list[str]) -> list[str]:
+    """The command line with a value for `--resume` where it has none, which typer would ask for."""
+    following = [*arguments[1:], "--"]
+    return [
+        word
+        for argument, after in zip(arguments, following, strict=False)
+        for word in (
+            [argument, LATEST] if argument == "--resume" and after[:1] == "-" else [argument]
+        )
+    ]
+
+
 def _print_json(result: dict[str, Any], wanted: bool) -> None:
     if wanted:
         print(json.dumps(result))
@@ -166,7 +189,7 @@ def _print_json(result: dict[str, Any], wanted: bool) -> None:
 def main() -> None:
     """Run the command line; every way it can end has its exit code."""
     try:
-        app()
+        app(_spelt_out(sys.argv[1:]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

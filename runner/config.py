@@ -746,23 +746,75 @@ def potential_config(table: Mapping[str, Any]) -> ArchitectureConfig:
 
 
 class WeightSchedule(Section):
-    """A weight that goes in a straight line from `start` to `end` over the first epochs."""
+    """A weight that goes from `start` to `end` over the first epochs, or steps."""
 
     start: NonNegative
+    """Weight at the beginning."""
     end: NonNegative
-    epochs: Count
+    """Weight from the end of the change on."""
+    epochs: Count | None = None
+    """How long it changes,"""
+    steps: Count | None = None
+    """or how long in steps of the optimiser."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """Along a straight line, or along half a cosine."""
 
-    def at(self, epoch: int) -> float:
-        """The weight in an epoch, counted from 0."""
-        done = min(epoch / self.epochs, 1.0)
+    @model_validator(mode="after")
+    def _one_length(self) -> WeightSchedule:
+        if (self.epochs is None) == (self.steps is None):
+            raise _reject(
+                "a weight changes over so many epochs, or over so many steps: one of them"
+            )
+        return self
+
+    def at(self, epoch: int, step: float = 0.0) -> float:
+        """The weight in an epoch, at a step, both counted from 0."""
+        done = epoch / self.epochs if self.epochs is not None else step / (self.steps or 1)
+        done = min(done, 1.0)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * done
+
+
+class PiecewiseWeight(Section):
+    """A weight that has each of `values` from an epoch, or a step, on; the first from 0."""
+
+    values: Annotated[list[NonNegative], Field(min_length=2)]
+    """One after the other."""
+    epochs: list[Count] | None = None
+    """Epochs from which on there is another value, counted from 0,"""
+    steps: list[Count] | None = None
+    """or steps."""
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> PiecewiseWeight:
+        bounds = self.epochs if self.steps is None else self.steps
+        both = self.epochs is not None and self.steps is not None
+        fits = bounds is not None and len(bounds) == len(self.values) - 1
+        if both or not fits or bounds != sorted(set(bounds or [])):
+            raise _reject(
+                "a weight in pieces has the epochs, or the steps, at which it changes, one less "
+                "than values: { values = [1.0, 10.0, 100.0], epochs = [20, 50] }"
+            )
+        return self
+
+    def at(self, epoch: int, step: float = 0.0) -> float:
+        """The weight in an epoch, at a step, both counted from 0."""
+        bounds, now = (self.epochs, epoch) if self.epochs is not None else (self.steps or [], step)
+        return self.values[sum(now >= bound for bound in bounds)]
 
 
 def _weight(value: object) -> object:
     if isinstance(value, Mapping):
-        return WeightSchedule.model_validate(value)
-    if isinstance(value, bool) or not isinstance(value, int | float | WeightSchedule):
-        raise _reject("a weight is a number or { start = 1.0, end = 10.0, epochs = 50 }")
+        kind = PiecewiseWeight if "values" in value else WeightSchedule
+        return kind.model_validate(value)
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | WeightSchedule | PiecewiseWeight
+    ):
+        raise _reject(
+            "a weight is a number, { start = 1.0, end = 10.0, epochs = 50 } or "
+            "{ values = [1.0, 10.0], epochs = [20] }"
+        )
     if isinstance(value, int | float) and not 0 <= value < math.inf:
         raise _reject("a weight is finite and not negative")
     return value
@@ -771,17 +823,17 @@ def _weight(value: object) -> object:
 class LossTermConfig(Section):
     """One term of the loss."""
 
-    weight: Annotated[float | WeightSchedule, BeforeValidator(_weight)] = 1.0
-    """A number, or a schedule over epochs."""
+    weight: Annotated[float | WeightSchedule | PiecewiseWeight, BeforeValidator(_weight)] = 1.0
+    """A number, or a schedule over epochs or steps."""
     error: Literal["squared", "absolute", "huber"] = "squared"
     """Function of a component's deviation."""
     huber_delta: Positive = 1.0
     """Where the Huber error turns from squared to linear, in the label's unit."""
 
-    def weight_at(self, epoch: int) -> float:
-        """The weight in an epoch, counted from 0."""
+    def weight_at(self, epoch: int, step: float = 0.0) -> float:
+        """The weight in an epoch, at a step, both counted from 0."""
         weight = self.weight
-        return weight.at(epoch) if isinstance(weight, WeightSchedule) else weight
+        return weight if isinstance(weight, int | float) else weight.at(epoch, step)
 
 
 class EnergyLossConfig(LossTermConfig):
@@ -844,25 +896,291 @@ class MetricsConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """`[train.optimizer]`."""
+    """What every optimiser has. Weight decay is for matrices of weights alone: biases, the weights
+    of norms, and scale and shift of the energies have none."""
 
-    name: Literal["adamw"] = "adamw"
+    name: str
     lr: Positive = 1e-3
     """Learning rate."""
     weight_decay: NonNegative = 0.01
+
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_Betas = Annotated[list[_Share], Field(min_length=2, max_length=2)]
+
+
+class AdamWConfig(OptimizerConfig):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, ICLR 2019, arXiv:1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    weight_decay: NonNegative = 0.01
     """Decoupled weight decay."""
+    betas: _Betas = [0.9, 0.999]
+    """Decay of the averages of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the root of the latter."""
+    amsgrad: bool = False
+    """Divide by the largest such root so far."""
+
+
+class AdamConfig(AdamWConfig):
+    """Adam (Kingma and Ba, ICLR 2015, arXiv:1412.6980); the other keys are those of `adamw`."""
+
+    name: Literal["adam"]  # type: ignore[assignment]
+    weight_decay: NonNegative = 0.0
+    """Added to the gradient as weights times this."""
+
+
+class SGDConfig(OptimizerConfig):
+    """Stochastic gradient descent."""
+
+    name: Literal["sgd"]
+    weight_decay: NonNegative = 0.0
+    """Added to the gradient as weights times this."""
+    momentum: _Share = 0.9
+    nesterov: bool = True
+    """Whether the momentum looks ahead."""
+
+    @model_validator(mode="after")
+    def _momentum_to_look_with(self) -> SGDConfig:
+        if self.nesterov and not self.momentum:
+            raise _reject("nesterov needs a momentum; set one, or nesterov = false")
+        return self
+
+
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices of weights, whose momentum it makes orthogonal; AdamW for the others,
+    and for embeddings of elements (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Rates
+    are matched to those of AdamW, so both have the same (Liu et al. 2025, arXiv:2502.16982)."""
+
+    name: Literal["muon"]
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay, of both."""
+    momentum: _Share = 0.95
+    """Of Muon."""
+    betas: _Betas = [0.9, 0.999]
+    """Of AdamW."""
+
+
+class ScheduleFreeConfig(OptimizerConfig):
+    """AdamW whose weights are averaged on the way, instead of a schedule of the learning rate
+    (Defazio et al., NeurIPS 2024, arXiv:2405.15682); the extra `schedule-free` installs it."""
+
+    name: Literal["schedule_free"]
+    lr: Positive = 2.5e-3
+    """Learning rate; somewhat above that of AdamW."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    betas: _Betas = [0.9, 0.999]
+    """Between average and fast weights, and decay of the average of the gradient's square."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the rate rises to `lr`."""
+
+
+class ForeignOptimizerConfig(OptimizerConfig):
+    """A class of `torch.optim`, or of yours. All further keys go to its constructor, which checks
+    them; weight decay only if it is given."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """`"torch.optim:NAdam"`, `"package.module:Class"`."""
+    weight_decay: NonNegative | None = None  # type: ignore[assignment]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What goes to the constructor beside rate and weight decay."""
+        return dict(self.model_extra or {})
+
+
+def _kind_of_optimizer(value: Any) -> str:
+    """Which class a `[train.optimizer]` table is of, as its `name` tells."""
+    given = isinstance(value, Mapping)
+    name = value.get("name", "adamw") if given else getattr(value, "name", "")
+    return FOREIGN if ":" in str(name) else str(name)
+
+
+AnyOptimizerConfig = Annotated[
+    Annotated[AdamWConfig, Tag("adamw")]
+    | Annotated[AdamConfig, Tag("adam")]
+    | Annotated[SGDConfig, Tag("sgd")]
+    | Annotated[MuonConfig, Tag("muon")]
+    | Annotated[ScheduleFreeConfig, Tag("schedule_free")]
+    | Annotated[ForeignOptimizerConfig, Tag(FOREIGN)],
+    Discriminator(_kind_of_optimizer),
+]
 
 
 class ScheduleConfig(Section):
-    """`[train.schedule]`: how the learning rate goes down."""
+    """How the learning rate changes, in epochs, of which parts count."""
 
-    name: Literal["reduce_on_plateau", "constant"] = "reduce_on_plateau"
+    name: str
+    warmup: NonNegative = 0.0
+    """Epochs in which the rate rises in a straight line from zero."""
+
+    def relative_rate(self, epoch: float, epochs: int) -> float:
+        """What the rate of the optimiser is multiplied by.
+
+        Args:
+            epoch: that are done, with the part of the one that is under way.
+            epochs: of the whole training.
+        """
+        if epoch < self.warmup:
+            return epoch / self.warmup
+        return self.after_warmup(epoch - self.warmup, max(epochs - self.warmup, 1e-9))
+
+    def after_warmup(self, epoch: float, epochs: float) -> float:  # noqa: ARG002
+        """The same with the warm-up taken off."""
+        return 1.0
+
+
+class ConstantConfig(ScheduleConfig):
+    """The rate stays as it is."""
+
+    name: Literal["constant"]
+
+
+class PlateauConfig(ScheduleConfig):
+    """The rate is lowered when the validation loss no longer improves."""
+
+    name: Literal["reduce_on_plateau"] = "reduce_on_plateau"
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """What the rate is multiplied by on a plateau of the validation loss."""
     patience: Count = 10
     """Epochs without improvement that make a plateau."""
     min_lr: NonNegative = 1e-6
     """The rate does not go below this."""
+
+
+class CosineConfig(ScheduleConfig):
+    """Down half a cosine (Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983, eq. 5)."""
+
+    name: Literal["cosine"]
+    end: _Share = 0.0
+    """Rate at the end, in units of the optimiser's."""
+
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """Half a cosine from 1 to `end`."""
+        done = min(epoch / epochs, 1.0)
+        return self.end + (1 - self.end) * (1 + math.cos(math.pi * done)) / 2
+
+
+class CosineRestartsConfig(ScheduleConfig):
+    """Down half a cosine, again and again (Loshchilov and Hutter, arXiv:1608.03983)."""
+
+    name: Literal["cosine_restarts"]
+    period: Positive
+    """Epochs of the first cosine."""
+    growth: Annotated[float, Field(ge=1)] = 1.0
+    """Each period is this many times as long as the one before."""
+    end: _Share = 0.0
+    """Rate at the end of each, in units of the optimiser's."""
+
+    def after_warmup(self, epoch: float, epochs: float) -> float:  # noqa: ARG002
+        """Half a cosine from 1 to `end`, of the period that it is in."""
+        if self.growth == 1:
+            done = epoch % self.period / self.period
+        else:  # the n-th period starts after period · (growthⁿ − 1)/(growth − 1)
+            relative = epoch / self.period
+            n = math.floor(math.log(relative * (self.growth - 1) + 1, self.growth) + 1e-12)
+            started = (self.growth**n - 1) / (self.growth - 1)
+            done = (relative - started) / self.growth**n
+        return self.end + (1 - self.end) * (1 + math.cos(math.pi * done)) / 2
+
+
+class OneCycleConfig(ScheduleConfig):
+    """Up to the optimiser's rate and down again, along cosines (Smith and Topin 2018,
+    arXiv:1708.07120, with the shape of `torch.optim.lr_scheduler.OneCycleLR`; the momentum stays
+    as it is)."""
+
+    name: Literal["one_cycle"]
+    rise: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Part of the training in which the rate goes up."""
+    start: _Share = 0.04
+    """Rate at the beginning, in units of the optimiser's."""
+    end: _Share = 4e-6
+    """Rate at the end."""
+
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """From `start` to 1 to `end`."""
+        done = min(epoch / epochs, 1.0)
+        if done < self.rise:
+            return 1 - (1 - self.start) * (1 + math.cos(math.pi * done / self.rise)) / 2
+        down = (done - self.rise) / (1 - self.rise)
+        return self.end + (1 - self.end) * (1 + math.cos(math.pi * down)) / 2
+
+
+class ExponentialConfig(ScheduleConfig):
+    """Multiplied by the same every epoch."""
+
+    name: Literal["exponential"]
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """By this."""
+
+    def after_warmup(self, epoch: float, epochs: float) -> float:  # noqa: ARG002
+        """γ to the power of the epoch."""
+        return float(self.gamma**epoch)
+
+
+class LinearConfig(ScheduleConfig):
+    """Down a straight line."""
+
+    name: Literal["linear"]
+    end: _Share = 0.0
+    """Rate at the end, in units of the optimiser's."""
+
+    def after_warmup(self, epoch: float, epochs: float) -> float:
+        """From 1 to `end`."""
+        return 1 + (self.end - 1) * min(epoch / epochs, 1.0)
+
+
+def _kind_of_schedule(value: Any) -> str:
+    """Which class a `[train.schedule]` table is of, as its `name` tells."""
+    given = isinstance(value, Mapping)
+    return str(value.get("name", "reduce_on_plateau") if given else getattr(value, "name", ""))
+
+
+AnyScheduleConfig = Annotated[
+    Annotated[PlateauConfig, Tag("reduce_on_plateau")]
+    | Annotated[ConstantConfig, Tag("constant")]
+    | Annotated[CosineConfig, Tag("cosine")]
+    | Annotated[CosineRestartsConfig, Tag("cosine_restarts")]
+    | Annotated[OneCycleConfig, Tag("one_cycle")]
+    | Annotated[ExponentialConfig, Tag("exponential")]
+    | Annotated[LinearConfig, Tag("linear")],
+    Discriminator(_kind_of_schedule),
+]
+
+
+class EMAConfig(Section):
+    """The exponential moving average of the weights over all steps."""
+
+    name: Literal["ema"]
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """What remains of the average at a step."""
+
+
+class SWAConfig(Section):
+    """The mean of the weights at the ends of the last epochs (Izmailov et al., UAI 2018,
+    arXiv:1803.05407)."""
+
+    name: Literal["swa"]
+    start: Count
+    """The first epoch, counted from 1, at whose end they are taken."""
+
+
+AnyAverageConfig = Annotated[EMAConfig | SWAConfig, Field(discriminator="name")]
+
+
+class StageConfig(Section):
+    """`[[train.stage]]`: from an epoch on, other weights of the loss, or another learning rate."""
+
+    start: Count
+    """The first epoch of the stage, counted from 0."""
+    lr: Positive | None = None
+    """Learning rate, which the schedule no longer changes, unless it waits for plateaus."""
+    weights: dict[str, NonNegative] = {}
+    """Weights of the loss's terms by name; the others stay as they are."""
 
 
 class EarlyStoppingConfig(Section):
@@ -872,6 +1190,14 @@ class EarlyStoppingConfig(Section):
     """Epochs without improvement after which training ends."""
     min_delta: NonNegative = 0.0
     """Smallest change of the validation loss that counts as improvement."""
+
+
+class CheckpointsConfig(Section):
+    """`[train.checkpoints]`: what a run goes on from (`runner train --resume`)."""
+
+    minutes: Positive = 10.0
+    """After so many minutes of training the last checkpoint is written anew, within an epoch too;
+    it is also written after every epoch, and when the run is asked to stop."""
 
 
 def _devices(value: object) -> object:
@@ -891,6 +1217,8 @@ class TrainerConfig(Section):
     """Machines; one, for now."""
     strategy: str = "auto"
     """How Lightning runs it."""
+    accumulate_grad_batches: Count = 1
+    """Batches whose gradients are averaged for a step of the optimiser."""
     gradient_clip_val: NonNegative = 10.0
     """Largest norm of the gradient; a longer one is scaled down to it. 0: no limit."""
     deterministic: bool = True
@@ -904,8 +1232,10 @@ class TrainConfig(Section):
     """Seed of the weights and of the order of the batches."""
     epochs: Count = 100
     """Passes over the training split, at most."""
-    precision: Literal["32-true"] = "32-true"
-    """Floating-point numbers of the training."""
+    precision: Literal["32-true", "64-true"] = "32-true"
+    """Floating-point numbers of the training: single or double precision."""
+    tf32: bool = False
+    """Whether matrix products of single precision may be done with TF32, on GPUs that have it."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the training step: three to five times as fast on a CPU after 10 to 90 s of
     compiling, the same numbers to rounding. It needs a C++ compiler. `auto`: where a training is
@@ -918,11 +1248,55 @@ class TrainConfig(Section):
     loss: LossConfig
     metrics: MetricsConfig | None = None
     """Those of the loss's quantities, mae and rmse, unless given."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: AnyOptimizerConfig = AdamWConfig()
+    """The optimiser, by its `name`."""
+    schedule: AnyScheduleConfig = PlateauConfig()
+    """How the learning rate changes, by its `name`."""
+    average: AnyAverageConfig | None = None
+    """An average of the weights, which is then measured and kept; the last step's unless given."""
+    stage: list[StageConfig] = []
+    """What changes on the way."""
     early_stopping: EarlyStoppingConfig | None = None
     """All epochs are trained, unless given."""
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _free_of_schedule(cls, given: Any) -> Any:
+        """Without a schedule, an optimiser that needs none has none."""
+        optimizer = given.get("optimizer") if isinstance(given, dict) else None
+        free = isinstance(optimizer, dict) and optimizer.get("name") == "schedule_free"
+        if not free or not isinstance(given, dict):
+            return given
+        schedule = given.setdefault("schedule", {"name": "constant"})
+        if not isinstance(schedule, dict) or schedule.get("name") != "constant":
+            raise _reject(
+                'train.optimizer.name = "schedule_free" goes without a schedule; take '
+                "train.schedule out (its warm-up is train.optimizer.warmup_steps)"
+            )
+        if "average" in given:
+            raise _reject("schedule_free averages the weights by itself; take train.average out")
+        return given
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> TrainConfig:
+        starts = [stage.start for stage in self.stage]
+        if starts != sorted(set(starts)) or any(start >= self.epochs for start in starts):
+            raise _reject(
+                f"the stages start at epochs {', '.join(map(str, starts))}; each has to start "
+                f"after the one before and before the last of {self.epochs} epochs"
+            )
+        for stage in self.stage:
+            unknown = sorted(set(stage.weights) - set(self.loss.terms))
+            if unknown:
+                raise _reject(
+                    f"a stage gives {unknown[0]} a weight, which is no term of the loss: "
+                    f"{', '.join(self.loss.terms)}"
+                )
+        if isinstance(self.average, SWAConfig) and self.average.start > self.epochs:
+            raise _reject(f"train.average starts in epoch {self.average.start} of {self.epochs}")
+        return self
 
     @model_validator(mode="after")
     def _charges_are_learnt(self) -> TrainConfig:
@@ -1036,6 +1410,29 @@ def potential_of_settings(name: str, settings: Sequence[str]) -> ArchitectureCon
 def resolved_toml(config: Config) -> str:
     """The whole config with every default written out: a file that runs by itself."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """By dotted key, what it was before and what it is now; None where it is not there.
+
+    The name of the dataset does not count, and neither does where its sources lie.
+    """
+    tables = [config.model_dump(mode="json", exclude_none=True) for config in (before, now)]
+    for table in tables:
+        table["prepare"].pop("name", None)
+        for source in table["prepare"]["source"]:
+            source.pop("path", None)
+    then, after = tables
+    return dict(_differences(then, after, ""))
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *(name for name in now if name not in before)]:
+            dotted = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), now.get(name), dotted)
+    elif before != now:
+        yield key, (before, now)
 
 
 def json_schema() -> dict[str, Any]:
@@ -1239,7 +1636,10 @@ def _spelt_out(details: ErrorDetails, tables: dict[str, Any]) -> Iterator[ErrorD
         return
     location, section = _locate(loc, tables)
     variants = _variants(_annotation_below(section, location[-1]))
-    others = [*installed_potentials(), "package.module:Class"]
+    others = {
+        "potential": [*installed_potentials(), "package.module:Class"],
+        "optimizer": ["torch.optim:Class", "package.module:Class"],
+    }.get(str(location[-1]), [])
     expected = " or ".join(f"'{name}'" for name in [*variants, *others])
     kind = "literal_error" if "name" in table else "missing"
     input_, context = table.get("name", table), {"expected": expected}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed
 
+from runner.batches import SINGLE
 from runner.config import BatchConfig, DataConfig, WeightsConfig
 from runner.epochs import Budget, EpochOrder
 from runner.errors import DatasetError
@@ -49,6 +50,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         data: DataConfig | None = None,
         say: Callable[[str], None] = lambda _: None,
         near: float | None = None,
+        dtype: torch.dtype = SINGLE,
     ) -> None:
         """Read from a dataset.
 
@@ -60,13 +62,14 @@ class PreparedDataModule(lightning.LightningDataModule):
             data: where batches come from.
             say: is told where the data is.
             near: Å, up to which architectures see; as far as the pairs go, unless given.
+            dtype: of the floating-point numbers.
 
         Raises:
             DatasetError: there are fewer training structures than asked for.
         """
         super().__init__()
         self.dataset, self.batch, self.cutoff, self.seed = dataset, batch, cutoff, seed
-        self.data, self.near = data or DataConfig(), near
+        self.data, self.near, self.dtype = data or DataConfig(), near, dtype
         self.residence: Residence | None = None
         self._say = say
         self._loaders: dict[str, BatchLoader] = {}
@@ -108,7 +111,7 @@ class PreparedDataModule(lightning.LightningDataModule):
 
     def _split(self, name: str) -> Split:
         size = self.data.train_size if name == "train" else None
-        split = Split(self.dataset, name, self.cutoff, size, self.near)
+        split = Split(self.dataset, name, self.cutoff, size, self.near, self.dtype)
         asked = self.data.train_size or 0
         if name == "train" and asked > split.n_structures:
             raise DatasetError(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.loggers import Logger
 
-from runner.config import Config, resolved_toml
+from runner.config import Config, load_config, resolved_toml
+from runner.errors import RunError
 
 VERSIONS = ("nnp-runner", "torch", "lightning", "torchmetrics", "numpy", "zarr", "scikit-learn")
 
@@ -52,6 +57,65 @@ class RunDirectory:
         _point_to(path.parent / "latest", path)
         return run
 
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Use one that is there.
+
+        Raises:
+            RunError: it is none, or has nothing to go on from.
+        """
+        path = path.resolve()
+        if not (path / "manifest.json").is_file():
+            raise RunError(
+                f"there is no run at {path}",
+                where="--resume",
+                allowed="a run directory, such as experiments/quickstart/runs/latest",
+            )
+        if not (path / "checkpoints" / "last.ckpt").is_file():
+            raise RunError(
+                f"the run {path} has no checkpoint to go on from",
+                where=str(path / "checkpoints" / "last.ckpt"),
+                remedy="train anew, without --resume",
+            )
+        return cls(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What `manifest.json` says."""
+        return dict(self._manifest)
+
+    def config(self) -> Config:
+        """The resolved config of the run."""
+        return load_config(self.path / "config.toml")
+
+    def resumed(self, config: Config, epochs_done: int, changed: Mapping[str, Any]) -> None:
+        """Note that the run goes on, with a config that may differ."""
+        (self.path / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+        at = datetime.now(UTC).astimezone().isoformat(timespec="seconds")
+        entry = {"at": at, "epochs_done": epochs_done, "changed": dict(changed)}
+        self.note(status="running", resumed=[*self._manifest.get("resumed", []), entry])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to the run.
+
+        Raises:
+            RunError: another one does.
+        """
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"another process trains the run {self.path}",
+                where="--resume",
+                remedy="wait for it, or stop it first",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def note(self, **entries: Any) -> None:
         """Add to the manifest, and write it."""
         self._manifest |= entries
@@ -67,6 +131,53 @@ class RunDirectory:
         aside = self.path / f".{name}.part"
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.replace(self.path / name)
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`, a row an epoch and one for the test, written at once.
+
+    Lightning's own logger deletes the rows of a run that goes on.
+    """
+
+    name, version = None, None
+
+    def __init__(self, path: Path, rows: int) -> None:
+        """Go on after the first `rows` rows of a file that may be there."""
+        super().__init__()
+        self.path = path
+        kept = read_rows(path)[:rows] if rows else []
+        self._columns = list(kept[0]) if kept else []
+        self._write_all(kept)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing: the config is in the run directory."""
+
+    def log_metrics(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:
+        """Add a row."""
+        row = {name: str(value) for name, value in (dict(metrics) | {"step": step}).items()}
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._columns += new
+            self._write_all([*read_rows(self.path), row])
+            return
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _write_all(self, rows: Sequence[Mapping[str, str]]) -> None:
+        aside = self.path.with_name(f".{self.path.name}.part")
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        aside.replace(self.path)
+
+
+def read_rows(metrics: Path) -> list[dict[str, str]]:
+    """The rows of `metrics.csv`."""
+    if not metrics.is_file():
+        return []
+    with metrics.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _new_directory(parent: Path, name: str) -> Path:

@@ -26,6 +26,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from runner.batches import (
+    SINGLE,
     Batch,
     Block,
     rotated,
@@ -72,6 +73,7 @@ class Split:
         cutoff: float,
         n_structures: int | None = None,
         near: float | None = None,
+        dtype: torch.dtype = SINGLE,
     ) -> None:
         """Take a split.
 
@@ -81,8 +83,10 @@ class Split:
             cutoff: Å, of the neighbour lists.
             n_structures: only the first so many.
             near: Å, up to which architectures see; as far as the lists go, unless given.
+            dtype: of the floating-point numbers.
         """
         self.dataset, self.name, self.cutoff, self.near = dataset, name, cutoff, near
+        self.dtype = dtype
         self.start, stop = (int(row) for row in dataset.attributes["splits"][name])
         self.n_structures = min(stop - self.start, n_structures or stop)
         self.block = max(1, ATOMS_IN_BLOCK * len(dataset) // max(dataset.n_atoms, 1))
@@ -97,7 +101,7 @@ class Split:
         first = block * self.block
         last = min(first + self.block, self.n_structures)
         structures = self.dataset.read_rows(self.start + first, self.start + last, origins=False)
-        return Block.of(structures, self.cutoff, first=first, near=self.near)
+        return Block.of(structures, self.cutoff, self.dtype, first, self.near)
 
     @functools.cached_property
     def sample(self) -> Sample:
@@ -106,10 +110,10 @@ class Split:
         if n == 0:
             return Sample(0, 0, 0, 0)
         structures = self.dataset.read_rows(self.start, self.start + n, origins=False)
-        block = Block.of(structures, self.near or self.cutoff)
+        block = Block.of(structures, self.near or self.cutoff, self.dtype)
         alone = (np.diff(block.first_pair) == 0) & (np.diff(block.first_atom) > 1)
         if self.near is not None:
-            block = Block.of(structures, self.cutoff, near=self.near)
+            block = Block.of(structures, self.cutoff, self.dtype, near=self.near)
         return Sample(n, block.n_bytes, 2 * int(block.first_pair[-1]), int(alone.sum()))
 
     def bytes_needed(self) -> int:
@@ -230,7 +234,8 @@ def pairs_in_budget(block: Block) -> Int64[np.ndarray, " n_structures"]:
 
     So batches are bounded whatever the structures look like.
     """
-    return np.maximum(2 * np.diff(block.first_pair), np.diff(block.first_atom))
+    counted: np.ndarray = np.maximum(2 * np.diff(block.first_pair), np.diff(block.first_atom))
+    return counted
 
 
 class Shared(InMemory):

@@ -14,7 +14,7 @@ and e the error function of a component (its square, unless the config says othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from runner.batches import Batch
-from runner.config import AtomLossConfig, EnergyLossConfig, LossConfig, LossTermConfig
+from runner.config import AtomLossConfig, EnergyLossConfig, LossConfig, LossTermConfig, StageConfig
 
 ErrorFunction = Callable[[Tensor, float], Tensor]
 
@@ -152,10 +152,10 @@ LOSSES: dict[str, type[PerStructureSquaredError | PerAtomToStructureSquaredError
 class Loss(nn.Module):
     """The weighted sum of all terms."""
 
-    def __init__(self, config: LossConfig) -> None:
-        """Build every term of the config."""
+    def __init__(self, config: LossConfig, stages: Sequence[StageConfig] = ()) -> None:
+        """Build every term of the config; the weights change with the stages of the training."""
         super().__init__()
-        self.config = config
+        self.config, self.stages = config, list(stages)
         self.terms = nn.ModuleDict(
             {name: LOSSES[name](name, term) for name, term in config.terms.items()}
         )
@@ -169,25 +169,25 @@ class Loss(nn.Module):
         """Every term, unweighted, with what it was summed over."""
         return {name: term(prediction, batch) for name, term in self.terms.items()}
 
-    def weights_at(self, epoch: int) -> dict[str, float]:
-        """The weights of the terms in an epoch, counted from 0."""
-        return {name: term.weight_at(epoch) for name, term in self.config.terms.items()}
+    def weights_at(self, epoch: int, step: float = 0.0) -> dict[str, float]:
+        """The weights of the terms in an epoch, at a step, both counted from 0."""
+        weights = {name: t.weight_at(epoch, step) for name, t in self.config.terms.items()}
+        for stage in self.stages:
+            if epoch >= stage.start:
+                weights |= stage.weights
+        return weights
 
     def weighted(self, means: Mapping[str, Tensor], weights: Mapping[str, Any]) -> Tensor:
         """Weighted sum of the terms' means; NaN of no term at all."""
         weighted = [weights[name] * mean for name, mean in means.items()]
         return torch.stack(weighted).sum() if weighted else torch.tensor(torch.nan)
 
-    def total(self, means: Mapping[str, Tensor], epoch: int) -> Tensor:
-        """The same with the weights of an epoch."""
-        return self.weighted(means, self.weights_at(epoch))
-
     def forward(
         self, prediction: Mapping[str, Tensor], batch: Batch, epoch: int = 0
     ) -> dict[str, Tensor]:
         """Every term unweighted, by name, and their weighted sum as `total_loss`."""
         means = {name: term.mean for name, term in self.sums(prediction, batch).items()}
-        return means | {"total_loss": self.total(means, epoch)}
+        return means | {"total_loss": self.weighted(means, self.weights_at(epoch))}
 
 
 def _rows(difference: Float[Tensor, "n ..."]) -> Float[Tensor, "n components"]:

@@ -97,7 +97,7 @@ class SplitMetrics(nn.Module):
             if len(predicted):
                 collection.update(predicted, reference)
 
-    def compute(self, loss: Loss, epoch: int) -> dict[str, float]:
+    def compute(self, loss: Loss, weights: Mapping[str, float]) -> dict[str, float]:
         """All values by their names in the logs, `val/energy_mae`; `total_loss` of the means.
 
         What no structure of the split is labelled for is left out.
@@ -106,7 +106,7 @@ class SplitMetrics(nn.Module):
         means = {name: mean for name, mean in means.items() if self._was_labelled(name)}
         values = {f"loss/{name}": mean for name, mean in means.items()}
         if means:
-            values["loss/total_loss"] = loss.total(means, epoch)
+            values["loss/total_loss"] = loss.weighted(means, weights)
         for collection in self.errors.values():
             if any(metric.update_called for metric in collection.values()):
                 values |= collection.compute()
@@ -117,6 +117,27 @@ class SplitMetrics(nn.Module):
         (metric,) = self.losses[name].values()
         assert isinstance(metric, MeanOfSums)
         return bool(metric.count > 0)
+
+    def state(self) -> dict[str, dict[str, Tensor | int]]:
+        """What was added so far, as tensors and numbers; of several processes, this one's share."""
+        return {
+            name: {"updates": metric._update_count}
+            | {key: getattr(metric, key).clone() for key in metric._defaults}
+            for name, metric in self._by_name().items()
+        }
+
+    def set_state(self, states: Mapping[str, Mapping[str, Tensor | int]]) -> None:
+        """Go on from there."""
+        metrics = self._by_name()
+        for name, state in states.items():
+            metric = metrics[name]
+            for key in metric._defaults:
+                setattr(metric, key, torch.as_tensor(state[key]).to(metric.device))
+            metric._update_count, metric._computed = int(state["updates"]), None
+
+    def _by_name(self) -> dict[str, Metric]:
+        collections = [*self.losses.values(), *self.errors.values()]
+        return {name: metric for found in collections for name, metric in found.items()}
 
     def reset(self) -> None:
         """Forget what was added."""

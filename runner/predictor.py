@@ -118,10 +118,12 @@ class Predictor:
             passport["quadrupole"],
         )
         prefix = "potential."
+        weights = checkpoint["state_dict"]
+        potential = potential.to(weights["potential.energy.scale"].dtype)
         potential.load_state_dict(
             {
                 name.removeprefix(prefix): tensor
-                for name, tensor in checkpoint["state_dict"].items()
+                for name, tensor in weights.items()
                 if name.startswith(prefix)
             }
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import os
 import shutil
@@ -23,16 +22,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    ModelCheckpoint,
     RichProgressBar,
 )
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from runner import plots
-from runner.config import BatchConfig, Config, DataConfig, TrainConfig
+from runner.batches import PRECISIONS
+from runner.checkpoints import LAST, Interruptions, WholeFiles, checkpoints
+from runner.config import BatchConfig, Config, DataConfig, TrainConfig, differences
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError, RunError
-from runner.experiment import RunDirectory
+from runner.experiment import MetricsFile, RunDirectory, read_rows
 from runner.fields import LABELS, Field
 from runner.metrics import labelled_components
 from runner.potentials import build_potential
@@ -46,9 +46,22 @@ WORTH_COMPILING = 5e6  # pairs that a training computes; some 2e6 pay for the co
 
 
 def train(
-    config: Config, config_file: Path, data_dir: Path, terminal: Terminal, command: Sequence[str]
+    config: Config,
+    config_file: Path,
+    data_dir: Path,
+    terminal: Terminal,
+    command: Sequence[str],
+    resume: Path | None = None,
 ) -> dict[str, Any]:
     """Train the potential of an experiment on its prepared dataset.
+
+    Args:
+        config: the experiment.
+        config_file: where it stands.
+        data_dir: folder of the prepared datasets.
+        terminal: to say on what is done.
+        command: that was given.
+        resume: a run that goes on where it stopped, instead of a new one.
 
     Returns:
         What `runner train --json` prints.
@@ -57,15 +70,19 @@ def train(
     settings = require_train(config, config_file)
     dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir))
     _check_data(settings, dataset)
-    run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
-    with terminal.log_to(run.path / "log.txt"), _terminable():
+    if resume is None:
+        run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
+    else:
+        run = RunDirectory.open(resume)
+    with run.locked(), terminal.log_to(run.path / "log.txt"), _terminable():
         terminal.say(f"run {run.path}", f"dataset {dataset.path}")
+        done = None if resume is None else _resume(run, config, dataset, terminal)
         try:
-            result = _train(settings, dataset, run, terminal)
+            result = _train(settings, dataset, run, terminal, done)
         except KeyboardInterrupt:
             run.finish("interrupted")
             saved = any((run.path / "checkpoints").iterdir())
-            kept = f"; the weights so far are in {run.path / 'checkpoints'}" if saved else ""
+            kept = f"; to go on: {_resume_command(config_file, data_dir, run)}" if saved else ""
             terminal.say(f"stopped early{kept}")
             raise
         except BaseException:
@@ -73,6 +90,74 @@ def train(
             raise
     run.finish("finished")
     return result | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+MAY_CHANGE = (
+    "train.epochs",
+    "train.compile",
+    "train.checkpoints",
+    "train.early_stopping",
+    "train.data.residence",
+    "train.data.workers",
+    "train.trainer.accelerator",
+    "train.trainer.devices",
+    "train.trainer.num_nodes",
+    "train.trainer.strategy",
+)
+
+
+def _resume(run: RunDirectory, config: Config, dataset: PreparedDataset, terminal: Terminal) -> int:
+    """Check that a run can go on with a config, and note it.
+
+    Returns:
+        How many epochs are done.
+
+    Raises:
+        ConfigError: it would be another training, or there is nothing left to do.
+    """
+    before = run.config()
+    changed = differences(before, config)
+    safe = {key for key in changed if key.startswith(MAY_CHANGE)}
+    lines = [
+        f"{key}: {_shown(was)} before, {_shown(now)} now" for key, (was, now) in changed.items()
+    ]
+    refused = [line for key, line in zip(changed, lines, strict=True) if key not in safe]
+    if not refused and run.manifest["fingerprint"] != dataset.attributes["fingerprint"]:
+        refused = ["the sources of the dataset have changed"]
+    if refused:
+        raise ConfigError(
+            "the config is not the one that the run was started with:\n  " + "\n  ".join(refused),
+            where=str(run.path / "config.toml"),
+            allowed="other values of " + ", ".join(MAY_CHANGE),
+            remedy="set it back, or train anew without --resume",
+        )
+    last = torch.load(run.path / "checkpoints" / LAST, weights_only=True, map_location="cpu")
+    done = int(last["training"]["epochs_done"])
+    if config.train is not None and done >= config.train.epochs:
+        raise ConfigError(
+            f"the run has done all its {done} epochs",
+            where="train.epochs",
+            remedy=f"raise it to train on: --set train.epochs={2 * done}",
+        )
+    terminal.say(f"goes on after {done} epochs and {_batches_done(last)} batches", *sorted(lines))
+    run.resumed(config, done, {key: list(values) for key, values in changed.items()})
+    return done
+
+
+def _batches_done(checkpoint: Mapping[str, Any]) -> int:
+    """Of the epoch in which a checkpoint was written."""
+    loader = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [{}])
+    return int(loader[0].get("batches", 0))
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _resume_command(config_file: Path, data_dir: Path, run: RunDirectory) -> str:
+    """The command by which a run goes on."""
+    command = _prepare_command(config_file, data_dir).replace("prepare", "train", 1)
+    return f"{command} --resume {run.path}"
 
 
 @contextlib.contextmanager
@@ -108,9 +193,13 @@ def require_train(config: Config, config_file: Path) -> TrainConfig:
 
 
 def _train(
-    config: TrainConfig, dataset: PreparedDataset, run: RunDirectory, terminal: Terminal
+    config: TrainConfig,
+    dataset: PreparedDataset,
+    run: RunDirectory,
+    terminal: Terminal,
+    done: int | None,
 ) -> dict[str, Any]:
-    """Fit, test from the best checkpoint, write what came out."""
+    """Fit, or go on after so many epochs; test from the best checkpoint, write what came out."""
     lightning.seed_everything(config.seed, verbose=False)
     # filling fresh memory costs time and changes no number
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -121,6 +210,8 @@ def _train(
         dataset.attributes["elements"],
         dataset.quadrupole,
     )
+    potential = potential.to(PRECISIONS[config.precision])
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     data = PreparedDataModule(
         dataset,
         config.batch,
@@ -129,6 +220,7 @@ def _train(
         config.data,
         terminal.say,
         potential.near,
+        potential.dtype,
     )
     weights = sum(parameter.numel() for parameter in potential.parameters())
     terminal.say(f"potential {config.potential.name}, {weights} weights")
@@ -137,14 +229,14 @@ def _train(
     module = Training(potential, config, passport(config, dataset), incomplete, compiled)
     module.say = terminal.say
     try:
-        trainer = _trainer(config, run, terminal)
+        trainer = _trainer(config, run, terminal, done or 0)
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(
             f"Lightning refuses the trainer: {error}",
             where="train.trainer",
             remedy='accelerator = "auto" and strategy = "auto" work everywhere',
         ) from None
-    _fit(trainer, module, data)
+    _fit(trainer, module, data, None if done is None else run.path / "checkpoints" / LAST)
     best = _best_epoch(run.path)
     test = _test(trainer, module, data, run, terminal)
     plots.learning_curves(run.path / "learning_curves.png", _curves(run.path / "metrics.csv"))
@@ -247,7 +339,10 @@ def _prepare_command(config_file: Path, data_dir: Path) -> str:
     return command if usual else f"{command} --data-dir {data_dir}"
 
 
-def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> lightning.Trainer:
+def _trainer(
+    config: TrainConfig, run: RunDirectory, terminal: Terminal, done: int
+) -> lightning.Trainer:
+    """Lightning's trainer for a run of which so many epochs are done."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # what it says at every start
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = config.trainer.model_dump()
@@ -257,7 +352,6 @@ def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> ligh
     interactive = sys.stderr.isatty() and terminal.console.is_terminal
     return lightning.Trainer(
         **settings,
-        precision=config.precision,
         max_epochs=config.epochs,
         inference_mode=False,  # forces need gradients, in validation too
         num_sanity_val_steps=0,
@@ -267,14 +361,16 @@ def _trainer(config: TrainConfig, run: RunDirectory, terminal: Terminal) -> ligh
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=int(_length_varies(config)),
         default_root_dir=run.path,
+        plugins=[WholeFiles()],
         logger=[
-            CSVLogger(run.path, name="", version="", flush_logs_every_n_steps=1),
+            MetricsFile(run.path / "metrics.csv", done),
             TensorBoardLogger(run.path, name="", version=""),
             EpochLines(terminal, config, to_file=interactive),
         ],
         callbacks=[
             *([ProgressBar(console_kwargs={"stderr": True})] if interactive else []),
-            *_checkpoints(run.path / "checkpoints"),
+            Interruptions(run.path / "checkpoints", terminal.say),
+            *checkpoints(run.path / "checkpoints", MONITOR, config.checkpoints),
             *_early_stopping(config),
         ],
     )
@@ -285,13 +381,6 @@ def _length_varies(config: TrainConfig) -> bool:
     return config.batch.unit != "structures" or config.data.weights is not None
 
 
-def _checkpoints(folder: Path) -> list[Callback]:
-    """The best by the validation loss, and the last, also when something stops the run."""
-    best = ModelCheckpoint(folder, "best", monitor=MONITOR, enable_version_counter=False)
-    last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_exception=True)
-    return [best, last]
-
-
 def _early_stopping(config: TrainConfig) -> list[Callback]:
     settings = config.early_stopping
     if settings is None:
@@ -299,9 +388,14 @@ def _early_stopping(config: TrainConfig) -> list[Callback]:
     return [EarlyStopping(MONITOR, min_delta=settings.min_delta, patience=settings.patience)]
 
 
-def _fit(trainer: lightning.Trainer, module: Training, data: PreparedDataModule) -> None:
+def _fit(
+    trainer: lightning.Trainer,
+    module: Training,
+    data: PreparedDataModule,
+    checkpoint: Path | None,
+) -> None:
     with _quiet(), _ends_clearly(trainer, module.config.batch), _threads(module):
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
 
 @contextlib.contextmanager
@@ -504,16 +598,11 @@ def _parity_pairs(
     }
 
 
-def _rows(metrics: Path) -> list[dict[str, str]]:
-    with metrics.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _best_epoch(run: Path) -> dict[str, float | int]:
     """The validation split's values in the epoch of the best checkpoint."""
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     epoch = int(checkpoint["epoch"])
-    (row,) = (row for row in _rows(run / "metrics.csv") if row["epoch"] == str(epoch))
+    (row,) = (row for row in read_rows(run / "metrics.csv") if row["epoch"] == str(epoch))
     values = {
         name.removeprefix("val/"): float(value)
         for name, value in row.items()
@@ -524,7 +613,7 @@ def _best_epoch(run: Path) -> dict[str, float | int]:
 
 def _curves(metrics: Path) -> Mapping[str, Any]:
     """Loss and errors over the epochs, for the picture."""
-    rows = _rows(metrics)
+    rows = read_rows(metrics)
     names = [name.removeprefix("val/") for name in rows[0] if name.startswith("val/")]
     shown = ["loss/total_loss", *[name for name in names if name.endswith("_mae")]]
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from runner.batches import Batch
+from runner.checkpoints import random_states, set_random_states
 from runner.compiled import CompiledStep, Step, StepResult
-from runner.config import TrainConfig
+from runner.config import PlateauConfig, TrainConfig
 from runner.errors import RunError
 from runner.losses import Loss
 from runner.metrics import SplitMetrics
+from runner.optimization import Average, build_optimizer
 from runner.potentials import Potential
 
 MONITOR = "val/loss/total_loss"
+# in a checkpoint the weights to use are called "potential", those that are trained "averaged"
+AVERAGED = ("potential.", "averaged.module.")
 
 
 class Training(lightning.LightningModule):
@@ -47,7 +51,12 @@ class Training(lightning.LightningModule):
         self.config = config
         self.passport = dict(passport)
         self.latest: dict[str, dict[str, float]] = {}  # by split
-        self.loss = Loss(config.loss)
+        self.epochs_done = 0
+        self._random: dict[str, Any] = {}
+        self.loss = Loss(config.loss, config.stage)
+        self.average = None if config.average is None else Average(config.average, potential)
+        # so that it is saved, and moved to a device
+        self.averaged = None if self.average is None else self.average.model
         measured = config.measured
         self._started = self._validation_started = time.perf_counter()
         self._validating = 0.0
@@ -76,9 +85,11 @@ class Training(lightning.LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: Batch, split: str) -> Tensor:
-        weights = self.loss.weights_at(self.current_epoch)
-        result = self._compiled_result(batch, weights) if split == "train" else None
-        result = result or self.step(batch, weights)
+        weights = self.loss.weights_at(self.current_epoch, float(self.global_step))
+        if split == "train":
+            result = self._compiled_result(batch, weights) or self.step(batch, weights)
+        else:
+            result = self.measured(batch, weights)
         self._metrics(split).update(result.sums, result.prediction, batch)
         return result.total
 
@@ -96,8 +107,14 @@ class Training(lightning.LightningModule):
             self.say(f"the step is no longer compiled: {error.what}")
             return None
 
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the checkpoint that is resumed."""
+        if self._random:
+            set_random_states(self._random)
+
     def on_train_epoch_start(self) -> None:
         """Start the clock."""
+        self._switch("train")
         self._started, self._validating = time.perf_counter(), 0.0
 
     def on_train_epoch_end(self) -> None:
@@ -105,6 +122,7 @@ class Training(lightning.LightningModule):
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         row = {"epoch": self.current_epoch, "lr": rate} | self._times()
         self._write(row | self._finish("train") | self.latest["val"])
+        self.epochs_done = self.current_epoch + 1
 
     def _times(self) -> dict[str, float]:
         """Seconds that the epoch's training waited for batches, and those that it computed."""
@@ -116,6 +134,7 @@ class Training(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Validation is timed apart."""
+        self._switch("eval")
         self._validation_started = time.perf_counter()
 
     def on_validation_epoch_end(self) -> None:
@@ -131,8 +150,10 @@ class Training(lightning.LightningModule):
         """The values of a split; Lightning's callbacks see them too, in float32."""
         metrics = self._metrics(split)
         # scheduled weights as they end, so that the epochs of a validation can be compared
-        epoch = self.current_epoch if split == "train" else self.config.epochs - 1
-        values = metrics.compute(self.loss, epoch)
+        weights = self.loss.weights_at(self.config.epochs - 1, math.inf)
+        if split == "train":
+            weights = self.loss.weights_at(self.current_epoch, float(self.global_step))
+        values = metrics.compute(self.loss, weights)
         metrics.reset()
         if f"{split}/loss/total_loss" not in values and split != "test":
             raise RunError(
@@ -144,6 +165,21 @@ class Training(lightning.LightningModule):
         self.log_dict(values, logger=False)
         self.latest[split] = values
         return values
+
+    def _switch(self, mode: str) -> None:
+        """Tell the optimiser which weights it has to put in place, if it has several."""
+        switch = getattr(self._optimizer, mode, None) if self.trainer.optimizers else None
+        if switch is not None:
+            switch()
+
+    @property
+    def measured(self) -> Step:
+        """The step of the weights that are measured and kept: the averaged ones, if there are."""
+        if self.average is None or not self.average.begun:
+            return self.step
+        potential = self.average.model.module
+        assert isinstance(potential, Potential)
+        return Step(potential, self.loss, self.derivatives)
 
     def _write(self, row: Mapping[str, float | int]) -> None:
         for logger in self.trainer.loggers:
@@ -166,16 +202,51 @@ class Training(lightning.LightningModule):
         assert isinstance(metrics, SplitMetrics)
         return metrics
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Set the learning rate: a function of the epoch and of nothing else, but on plateaus."""
+        n = self.trainer.num_training_batches
+        rate = self.rate_at(self.current_epoch + batch_idx / n, 1 / n)
+        if rate is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+
+    def rate_at(self, epoch: float, step: float) -> float | None:
+        """The learning rate after so many epochs; none if it is what plateaus have made of it.
+
+        Args:
+            epoch: with the part that is done of the one under way.
+            step: the part of an epoch that a step is.
+        """
+        schedule, rate = self.config.schedule, self.config.optimizer.lr
+        begun = [s for s in self.config.stage if s.lr is not None and s.start <= epoch]
+        waits = isinstance(schedule, PlateauConfig)
+        if begun:
+            stage = begun[-1]
+            return None if waits and epoch - step >= stage.start else stage.lr
+        if waits and epoch - step >= schedule.warmup:
+            return None
+        return rate * schedule.relative_rate(epoch, self.config.epochs)
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.trainer.optimizers[0]
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        """A step, and the average after it."""
+        super().optimizer_step(*arguments, **named)
+        if self.average is not None:
+            self.average.after_step(self.potential)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """After the last step of an epoch, average its weights."""
+        if self.average is not None and self.trainer.is_last_batch:
+            self.average.after_epoch(self.potential, self.current_epoch)
+
     def configure_optimizers(self) -> Any:
-        """AdamW, with the learning rate halved on plateaus of the validation loss."""
-        settings, schedule = self.config.optimizer, self.config.schedule
-        optimizer = torch.optim.AdamW(
-            self.potential.parameters(),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        if schedule.name == "constant":
+        """The optimiser; on plateaus of the validation loss its rate is lowered, if asked for."""
+        schedule = self.config.schedule
+        optimizer = build_optimizer(self.config.optimizer, self.potential)
+        if not isinstance(schedule, PlateauConfig):
             return optimizer
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=schedule.factor, patience=schedule.patience, min_lr=schedule.min_lr
@@ -188,3 +259,25 @@ class Training(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes absolute energies of the weights: plain data, float64 as Python floats."""
         checkpoint["runner"] = self.passport
+        if self.average is not None and self.average.begun:
+            _swap(checkpoint["state_dict"], *AVERAGED)
+        checkpoint["training"] = {
+            "epochs_done": self.epochs_done,
+            "random": random_states(),
+            "metrics": self._metrics("train").state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where it was written."""
+        if self.average is not None and int(checkpoint["state_dict"]["averaged.n_averaged"]):
+            _swap(checkpoint["state_dict"], *AVERAGED)
+        training = checkpoint["training"]
+        self.epochs_done, self._random = training["epochs_done"], training["random"]
+        self._metrics("train").set_state(training["metrics"])
+
+
+def _swap(weights: dict[str, Tensor], one: str, other: str) -> None:
+    """Exchange the tensors of two prefixes."""
+    for name in [name for name in weights if name.startswith(one)]:
+        twin = other + name.removeprefix(one)
+        weights[name], weights[twin] = weights[twin], weights[name]

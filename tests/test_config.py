@@ -141,7 +141,7 @@ error = "squred"
         ("start = 10.0, ", "", "train.loss.forces.weight.start\n    this key is missing"),
         ("start = 10.0", "start = -1.0", "greater than or equal to 0"),
         ("weight = {", 'error = "huber"\nweight = -1 #', "finite and not negative"),
-        ("weight = {", 'weight = "1" #', "a weight is a number or {"),
+        ("weight = {", 'weight = "1" #', "a weight is a number, {"),
         ("[train.loss.energy]\n", "[train.losss]\n", 'did you mean "loss"?'),
         ("[prepare.split]", '[prepare.self_energies]\nmethod = "given"\n[prepare.split]', "needs"),
         (

@@ -104,10 +104,12 @@ def _design(structures: Structures, kinds: list[int]) -> tuple[np.ndarray, np.nd
     n = len(kinds) ** 2 * CENTRES
     columns = pair[:, None] * CENTRES + np.arange(CENTRES)
     energies = np.zeros((len(structures), n))
-    np.add.at(energies, (owner[center][:, None], columns), 0.5 * values)
+    np.add.at(energies, (owner[center][:, None], columns), values)
     forces = np.zeros((len(positions), 3, n))
     towards = (separation / r[:, None])[:, :, None] * slopes[:, None, :]
-    np.add.at(forces, (center[:, None, None], np.arange(3)[:, None], columns[:, None, :]), towards)
+    for atoms, push in ((center, towards), (other, -towards)):
+        rows = (atoms[:, None, None], np.arange(3)[:, None], columns[:, None, :])
+        np.add.at(forces, rows, push)
     return energies, forces.reshape(-1, n)
 
 

@@ -30,7 +30,7 @@ def test_an_epoch_comes_from_sums_over_labelled_components() -> None:
         rows = np.concatenate([np.arange(*structures.first_atom[[s, s + 1]]) for s in chosen])
         prediction = {"energy": torch.tensor(energy[chosen]), "forces": torch.tensor(forces[rows])}
         metrics.update(loss.sums(prediction, batch), prediction, batch)
-    values = metrics.compute(loss, epoch=0)
+    values = metrics.compute(loss, loss.weights_at(0))
 
     e = energy - structures.structures["energy"]
     e, sizes = e[1:], np.array(SIZES)[1:]
@@ -61,7 +61,9 @@ def test_reset_forgets() -> None:
     for offset in (5.0, 1.0):
         prediction = {"energy": batch.labels["energy"] + offset}
         metrics.update(loss.sums(prediction, batch), prediction, batch)
-        assert metrics.compute(loss, 0)["train/energy_mae"] == pytest.approx(offset)
+        assert metrics.compute(loss, loss.weights_at(0))["train/energy_mae"] == pytest.approx(
+            offset
+        )
         metrics.reset()
 
 
@@ -97,7 +99,7 @@ def test_what_no_structure_is_labelled_for_is_left_out() -> None:
     metrics = SplitMetrics("val", loss, {"energy": ["mae"], "forces": ["mae"]})
     prediction = {"energy": torch.zeros(2), "forces": torch.zeros(5, 3)}
     metrics.update(loss.sums(prediction, batch), prediction, batch)
-    values = metrics.compute(loss, 0)
+    values = metrics.compute(loss, loss.weights_at(0))
     assert set(values) == {
         "val/loss/energy", "val/loss/total_loss", "val/energy_mae", "val/energy_per_atom_mae"
     }  # fmt: skip

@@ -225,24 +225,84 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path: Path) -> None
     assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
 
 
-def test_an_interrupted_run_keeps_its_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, config_file, folder = _prepared(tmp_path)
-    step = Training.training_step
+def _stopped_at(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, step: int, *settings: str, times: int = 1
+) -> Path:
+    """A run that is asked to stop, so many times, while it takes a step."""
+    taken = Training.training_step
 
     def interrupted(self: Training, batch: Any) -> torch.Tensor:
-        if self.global_step == 8:
-            raise KeyboardInterrupt
-        return step(self, batch)
+        if self.global_step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return taken(self, batch)
 
-    monkeypatch.setattr(Training, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, config_file, folder, Terminal(), [])
-    (run,) = (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(config_file, *settings)
+    return (config_file.parent / "runs" / "latest").resolve()
+
+
+def test_a_run_that_is_asked_to_stop_saves_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _stopped_at(monkeypatch, write_experiment(tmp_path), 8)
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
     last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last["global_step"] == 8
+    assert last["global_step"] == 9
+    said = capsys.readouterr().out
+    assert "SIGTERM: the run ends after this batch, or after its validation" in said
+    assert f"stopped early; to go on: runner train {tmp_path}" in said
+    assert f"--resume {run}" in said
+
+
+def test_asked_twice_a_run_ends_at_once_with_its_last_checkpoint_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _stopped_at(monkeypatch, write_experiment(tmp_path), 8, times=2)
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _run(write_experiment(tmp_path_factory.mktemp("whole")), *CHANGING)
+
+
+CHANGING = (  # a rate and weights that change, epochs of several lengths
+    "train.schedule.patience=1",
+    "train.loss.forces.weight={start=1.0, end=9.0, epochs=3}",
+    "train.batch={atoms=40}",
+    "train.early_stopping.patience=2",
+)
+
+
+def _weights(run: str | Path, name: str = "last") -> dict[str, torch.Tensor]:
+    path = Path(run) / "checkpoints" / f"{name}.ckpt"
+    weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return weights
+
+
+@pytest.mark.parametrize("step", [0, 3, 7, 8, 9])
+def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any], step: int
+) -> None:
+    config_file = write_experiment(tmp_path)
+    run = _stopped_at(monkeypatch, config_file, step, *CHANGING)
+    config = load_config(config_file, CHANGING)
+    torch.manual_seed(99)  # what another process would begin with
+    result = train(config, config_file, tmp_path / "prepared", Terminal(), [], resume=run)
+    assert result["run"] == str(run)
+    assert _numbers(result) == _numbers(whole)
+    assert {name: result[name] for name in ("test", "best", "steps", "epochs")} == {
+        name: whole[name] for name in ("test", "best", "steps", "epochs")
+    }
+    for checkpoint in ("last", "best"):
+        expected = _weights(whole["run"], checkpoint)
+        for name, value in _weights(run, checkpoint).items():
+            assert torch.equal(value, expected[name])
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
 
 
 def test_early_stopping_ends_the_run(tmp_path: Path) -> None:
@@ -473,7 +533,7 @@ def test_a_trainer_that_lightning_refuses_is_an_error_of_the_config(tmp_path: Pa
         _run(write_experiment(tmp_path), "train.seed=99999999999")
 
 
-@pytest.mark.parametrize("step", ["training_step", "test_step", "configure_optimizers"])
+@pytest.mark.parametrize("step", ["test_step", "configure_optimizers"])
 def test_sigterm_ends_a_run_as_ctrl_c_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

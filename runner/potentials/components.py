@@ -48,7 +48,7 @@ def both_ways(
     values: Float[Tensor, "n_pairs ..."], factors: Float[Tensor, "n_half ..."]
 ) -> Float[Tensor, "n_pairs ..."]:
     """What differs between the two ways round of a pair times what does not."""
-    return (values.unflatten(0, (2, factors.shape[0])) * factors).flatten(0, 1)
+    return (values.view(2, factors.shape[0], *values.shape[1:]) * factors).flatten(0, 1)
 
 
 class AtomEmbedding(nn.Module):

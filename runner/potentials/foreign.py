@@ -14,10 +14,7 @@ Such a class is a `torch.nn.Module`, and all that it has to do is
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -31,6 +28,7 @@ from torch import Tensor, nn
 from runner.batches import Batch, make_batch
 from runner.config import ENTRY_POINTS, ForeignConfig, installed_potentials
 from runner.errors import ConfigError, did_you_mean
+from runner.foreign import find_class
 from runner.structures import Structures
 
 WHERE = "train.potential"
@@ -46,7 +44,14 @@ def build_foreign(
         ConfigError: the class cannot be found, does not take what the config gives, or does not
             give what an architecture has to.
     """
-    kind = _find(config.name)
+    points = installed_potentials()
+    kind: type[nn.Module] = find_class(
+        config.name,
+        nn.Module,
+        f"{WHERE}.name",
+        reference=points[config.name].value if config.name in points else "",
+        allowed=f"an entry point of the group {ENTRY_POINTS}",
+    )
     offered = {
         "cutoff": config.cutoff,
         "elements": list(elements),
@@ -60,44 +65,6 @@ def build_foreign(
         raise ConfigError(f"{config.name} cannot be built: {error}", where=WHERE) from error
     _check_output(architecture, config, heads, elements)
     return architecture
-
-
-def _find(name: str) -> type[nn.Module]:
-    """The class."""
-    points = installed_potentials()
-    reference = points[name].value if name in points else name
-    module, _, attribute = reference.partition(":")
-    if os.getcwd() not in sys.path:  # noqa: PTH109 - as Python itself has it there
-        sys.path.append(os.getcwd())  # noqa: PTH109
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(
-            f"{name} cannot be imported: {error}",
-            where=f"{WHERE}.name",
-            remedy="install what it needs into this environment, or run where Python finds "
-            f"{module}: the current directory is searched",
-        ) from error
-    except AttributeError:
-        names = [n for n, v in vars(sys.modules[module]).items() if _is_module(v)]
-        hint = did_you_mean(attribute, names)
-        raise ConfigError(
-            "; ".join(filter(None, [f"there is no {attribute} in {module}", hint])),
-            where=f"{WHERE}.name",
-            allowed=", ".join(f"{module}:{n}" for n in names),
-        ) from None
-    if not _is_module(kind):
-        raise ConfigError(
-            f"{reference} is not a class of torch.nn.Module",
-            where=f"{WHERE}.name",
-            allowed=f'"package.module:Class", or an entry point of the group {ENTRY_POINTS}',
-        )
-    found: type[nn.Module] = kind
-    return found
-
-
-def _is_module(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _arguments(

@@ -72,7 +72,6 @@ class Message(nn.Module):
     def __init__(self, features: int) -> None:
         """Build for so many features."""
         super().__init__()
-        self.features = features
         self.phi = mlp(features, features, 3 * features)
 
     def forward(
@@ -86,7 +85,7 @@ class Message(nn.Module):
         """Features after the message."""
         i, j = pairs
         message = both_ways(self.phi(scalars).index_select(0, j), filters)
-        ds, along, through = message.split(self.features, dim=-1)
+        ds, along, through = message.chunk(3, dim=-1)
         unit = torch.cat([direction, -direction]).unsqueeze(-1)
         dv = vectors.index_select(0, j) * through.unsqueeze(1) + unit * along.unsqueeze(1)
         return scalars.index_add(0, i, ds), vectors.index_add(0, i, dv)

@@ -1,0 +1,135 @@
+"""Checkpoints: when they are written, how they stay whole, how a run ends where it can go on."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from runner.config import CheckpointsConfig
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is SLURM's, if it is asked
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints are there whole or not at all, whatever is killed."""
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any = None,  # noqa: ARG002
+    ) -> None:
+        """Write aside, in the same folder, and rename."""
+        file = Path(path)
+        aside = file.with_name(f".{file.name}.part")
+        with aside.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+
+
+def checkpoints(folder: Path, monitor: str, config: CheckpointsConfig) -> list[Callback]:
+    """The best epoch's, and the last: after every epoch, and after so many minutes within one."""
+
+    def last(**when: Any) -> ModelCheckpoint:
+        return Resumable(folder, Path(LAST).stem, enable_version_counter=False, **when)
+
+    best = ModelCheckpoint(folder, Path(BEST).stem, monitor=monitor, enable_version_counter=False)
+    return [best, last(train_time_interval=timedelta(minutes=config.minutes)), last()]
+
+
+class Resumable(ModelCheckpoint):
+    """Not written between the last batch of an epoch and its validation, which would be left out.
+
+    Lightning takes such an epoch for finished.
+    """
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        """Write, if it is time."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *arguments)
+
+
+class Interruptions(Callback):
+    """Ends a run that is asked to stop after the batch that is under way, with a checkpoint.
+
+    After the last batch of an epoch it is validated first.
+
+    Asked by Ctrl-C, by SIGTERM, or by SIGUSR1, which SLURM sends before a time limit if it is told
+    to. Within a batch a checkpoint would hold weights of one step and counters of another. Who asks
+    twice is not waited for: the run then goes on from its last checkpoint.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        """Write the checkpoint to `folder`; `say` that a request has come."""
+        super().__init__()
+        self.folder, self.say = folder, say
+        self._asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, *_: Any) -> None:
+        """Listen, instead of Lightning, which would stop wherever it is."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in STOPPING}
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self.say(f"{name}: the run ends after this batch, or after its validation; again: at once")
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """End, if asked to."""
+        if self._asked and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.folder / LAST)
+            raise KeyboardInterrupt
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """End, if asked to while the last epoch was measured, which has its checkpoint."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Listen no more."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def random_states() -> dict[str, Any]:
+    """Where all generators of random numbers are: tensors and plain data."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, state, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "python": [version, list(state), gauss],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put them back there; those of other GPUs than there were stay as they are."""
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    version, state, gauss = states["python"]
+    random.setstate((version, tuple(state), gauss))
