@@ -49,20 +49,42 @@ def checkpoints(folder: Path, monitor: str, config: CheckpointsConfig) -> list[C
     def last(**when: Any) -> ModelCheckpoint:
         return Resumable(folder, Path(LAST).stem, enable_version_counter=False, **when)
 
-    best = ModelCheckpoint(folder, Path(BEST).stem, monitor=monitor, enable_version_counter=False)
+    best = Resumable(folder, Path(BEST).stem, monitor=monitor, enable_version_counter=False)
     return [best, last(train_time_interval=timedelta(minutes=config.minutes)), last()]
 
 
 class Resumable(ModelCheckpoint):
-    """Not written between the last batch of an epoch and its validation, which would be left out.
+    """A checkpoint from which a run can go on exactly, also if its directory was moved."""
 
-    Lightning takes such an epoch for finished.
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write, if it is time, and the place is a good one."""
+        if may_stop_after(trainer, batch_idx):
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on; Lightning would forget the best epoch of a run that was moved."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        state = dict(state_dict) | {"dirpath": str(self.dirpath)}
+        for name in ("best_model_path", "last_model_path", "kth_best_model_path"):
+            state[name] = here(state[name])
+        scores = state["best_k_models"].items()
+        state["best_k_models"] = {here(path): score for path, score in scores}
+        super().load_state_dict(state)
+
+
+def may_stop_after(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether a checkpoint after a batch holds all: no gradient that waits for more batches.
+
+    After the last batch of an epoch its validation is still to come, and Lightning would leave it
+    out.
     """
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
-        """Write, if it is time."""
-        if not trainer.is_last_batch:
-            super().on_train_batch_end(trainer, *arguments)
+    whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    return whole and not trainer.is_last_batch
 
 
 class Interruptions(Callback):
@@ -94,9 +116,12 @@ class Interruptions(Callback):
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         self.say(f"{name}: the run ends after this batch, or after its validation; again: at once")
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """End, if asked to."""
-        if self._asked and not trainer.is_last_batch:
+        del module, outputs, batch
+        if self._asked and may_stop_after(trainer, batch_idx):
             trainer.save_checkpoint(self.folder / LAST)
             raise KeyboardInterrupt
 

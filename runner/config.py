@@ -903,6 +903,7 @@ class OptimizerConfig(Section):
     lr: Positive = 1e-3
     """Learning rate."""
     weight_decay: NonNegative = 0.01
+    """How strongly matrices of weights are drawn to zero."""
 
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -938,6 +939,7 @@ class SGDConfig(OptimizerConfig):
     weight_decay: NonNegative = 0.0
     """Added to the gradient as weights times this."""
     momentum: _Share = 0.9
+    """Share of the last step in a step."""
     nesterov: bool = True
     """Whether the momentum looks ahead."""
 
@@ -986,6 +988,8 @@ class ForeignOptimizerConfig(OptimizerConfig):
     name: str
     """`"torch.optim:NAdam"`, `"package.module:Class"`."""
     weight_decay: NonNegative | None = None  # type: ignore[assignment]
+    """Goes to the class for matrices of weights, and 0 for the others; unless given, it has its
+    own."""
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

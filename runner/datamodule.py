@@ -73,6 +73,7 @@ class PreparedDataModule(lightning.LightningDataModule):
         self.residence: Residence | None = None
         self._say = say
         self._loaders: dict[str, BatchLoader] = {}
+        self._resumed: dict[str, int] | None = None
         self._splits = {name: self._split(name) for name in SPLITS}
 
     @property
@@ -97,9 +98,23 @@ class PreparedDataModule(lightning.LightningDataModule):
         for split in SPLITS:  # what is wrong with any of them should be said before a training
             self.loader(split)
         loader = self.loader("train")
-        if self.trainer is not None:  # Lightning asks for the length before it says which epoch
+        if self._resumed is not None:
+            loader.load_state_dict(self._resumed)
+            self._resumed = None
+        elif self.trainer is not None:  # Lightning asks for the length before it says which epoch
             loader.set_epoch(self.trainer.current_epoch)
         return loader
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training batches are.
+
+        Lightning restores the state of a loader too, but not of one that is between two epochs.
+        """
+        return self.loader("train").state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self._resumed = state_dict
 
     def val_dataloader(self) -> BatchLoader:
         """In stored order."""

@@ -146,8 +146,7 @@ def _resume(run: RunDirectory, config: Config, dataset: PreparedDataset, termina
 
 def _batches_done(checkpoint: Mapping[str, Any]) -> int:
     """Of the epoch in which a checkpoint was written."""
-    loader = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [{}])
-    return int(loader[0].get("batches", 0))
+    return int(checkpoint[PreparedDataModule.__qualname__]["batches"])
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -242,3 +243,30 @@ def test_an_interrupt_says_so_without_a_traceback(
     error = capsys.readouterr().err
     assert "nterrupted" in error or "Aborted" in error
     assert "Traceback" not in error
+
+
+def test_an_interrupted_training_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    environment = os.environ | {"RUNNER_DATA_DIR": str(tmp_path / "prepared")}
+    command = [sys.executable, "-m", "runner", "run", str(tmp_path), "--set", "train.epochs=1000"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1/1000"):
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130
+    run = (tmp_path / "runs" / "latest").resolve()
+    again = f"runner train {tmp_path} --data-dir {tmp_path / 'prepared'} --resume {run}"
+    assert f"stopped early; to go on: {again}" in said
+    done = json.loads((run / "manifest.json").read_text())
+    assert done["status"] == "interrupted"
+    epochs = len((run / "metrics.csv").read_text().splitlines()) - 1
+    command = [sys.executable, "-m", "runner", "train", str(tmp_path), "--json"]
+    command += ["--resume", "--set", f"train.epochs={epochs + 2}"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(ended.stdout)
+    assert result["run"] == str(run)
+    assert result["epochs"] == epochs + 2
+    assert "goes on after" in ended.stderr

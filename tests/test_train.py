@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from runner.calculator import NNPCalculator
 from runner.config import Config, load_config
 from runner.epochs import Draw
 from runner.errors import ConfigError, DatasetError, InputError, RunError, SelfEnergyError
+from runner.experiment import RunDirectory
 from runner.loader import Stock
 from runner.predictor import Predictor
 from runner.prepare import find_prepared, prepare
@@ -225,20 +228,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path: Path) -> None
     assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
 
 
+def _ask_at(patch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
+    """Ask to stop, so many times, while a step is taken."""
+    taken, left = Training.training_step, [times]
+
+    def interrupted(self: Training, batch: Any) -> torch.Tensor:
+        if self.global_step == step:
+            for _ in range(left.pop() if left else 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return taken(self, batch)
+
+    patch.setattr(Training, "training_step", interrupted)
+
+
 def _stopped_at(
     monkeypatch: pytest.MonkeyPatch, config_file: Path, step: int, *settings: str, times: int = 1
 ) -> Path:
     """A run that is asked to stop, so many times, while it takes a step."""
-    taken = Training.training_step
-
-    def interrupted(self: Training, batch: Any) -> torch.Tensor:
-        if self.global_step == step:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGTERM)
-        return taken(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "training_step", interrupted)
+        _ask_at(patch, step, times)
         with pytest.raises(KeyboardInterrupt):
             _run(config_file, *settings)
     return (config_file.parent / "runs" / "latest").resolve()
@@ -303,6 +311,202 @@ def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(
         for name, value in _weights(run, checkpoint).items():
             assert torch.equal(value, expected[name])
     assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "muon and an average": (
+        'train.optimizer={name="muon", lr=5e-3}',
+        'train.average={name="ema", decay=0.8}',
+        'train.schedule={name="cosine", warmup=0.5}',
+        "train.trainer.accumulate_grad_batches=2",
+    ),
+    "weights of the last epochs": (
+        'train.average={name="swa", start=2}',
+        'train.schedule={name="reduce_on_plateau", warmup=1.5}',
+        "train.stage=[{start=2, lr=1e-3, weights={forces=1.0}}]",
+    ),
+    "no schedule": ('train.optimizer={name="schedule_free"}', 'train.precision="64-true"'),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_whatever_optimizes_it_a_resumed_run_gives_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    settings = VARIANTS[name]
+    whole = _run(write_experiment(tmp_path / "whole"), *settings)
+    config_file = write_experiment(tmp_path / "stopped")
+    run = _stopped_at(monkeypatch, config_file, 2, *settings)
+    with monkeypatch.context() as patch:  # and again in another epoch
+        _ask_at(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            _resume(config_file, run, *settings)
+    result = _resume(config_file, run, *settings)
+    assert _numbers(result) == _numbers(whole)
+    assert result["test"] == whole["test"]
+    for checkpoint in ("last", "best"):
+        expected = _weights(whole["run"], checkpoint)
+        found = _weights(run, checkpoint)
+        assert set(found) == set(expected)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("name", ["muon and an average", "weights of the last epochs"])
+def test_averaged_weights_are_measured_and_kept(tmp_path: Path, name: str) -> None:
+    config_file = write_experiment(tmp_path)
+    result = _run(config_file, *VARIANTS[name], "train.epochs=3")
+    run = Path(result["run"])
+    weights = _weights(run)
+    trained = weights["averaged.module.architecture.embedding.elements.weight"]
+    assert not torch.equal(weights["potential.architecture.embedding.elements.weight"], trained)
+    dataset = find_prepared(load_config(config_file), tmp_path / "prepared", "")
+    structures = dataset.read("val")
+    potential = Predictor.load(run / "checkpoints" / "last.ckpt").potential
+    predicted = potential(make_batch(structures, potential.cutoff))["forces"].detach().double()
+    error = (predicted.numpy() - structures.atoms["forces"]).__abs__().mean()
+    last = [row for row in _rows(result) if row["val/forces_mae"]][-1]
+    assert float(last["val/forces_mae"]) == pytest.approx(error, rel=1e-4)
+
+
+def test_the_rate_follows_schedule_and_stages(tmp_path: Path) -> None:
+    settings = (
+        'train.schedule={name="linear", warmup=1.0, end=0.5}',
+        "train.epochs=4",
+        "train.stage=[{start=3, lr=1e-4, weights={forces=2.0, dipole=0.0}}]",
+    )
+    rows = [row for row in _rows(_run(write_experiment(tmp_path), *settings)) if row["lr"]]
+    n, top = 6, 5e-3  # batches of an epoch; a row has the rate of the epoch's last batch
+
+    def rate(epoch: float) -> float:
+        return top * (epoch if epoch < 1 else 1 - 0.5 * (epoch - 1) / 3)
+
+    expected = [rate(epoch + (n - 1) / n) for epoch in range(3)] + [1e-4]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(expected)
+    for row, (forces, dipole) in zip(rows, [(10.0, 1.0)] * 3 + [(2.0, 0.0)], strict=True):
+        terms = {name: float(row[f"train/loss/{name}"]) for name in ("energy", "forces", "dipole")}
+        total = terms["energy"] + forces * terms["forces"] + dipole * terms["dipole"]
+        assert float(row["train/loss/total_loss"]) == pytest.approx(total, rel=1e-6)
+
+
+def test_double_precision_trains_measures_and_predicts_in_it(tmp_path: Path) -> None:
+    result = _run(write_experiment(tmp_path), 'train.precision="64-true"', "train.epochs=1")
+    predictor = Predictor.load(Path(result["run"]))
+    assert predictor.potential.dtype == torch.float64
+    weights = _weights(result["run"])
+    assert all(w.dtype == torch.float64 for n, w in weights.items() if w.is_floating_point())
+    energy = NNPCalculator(result["run"]).get_potential_energy(Atoms("NH3", np.eye(4, 3)))
+    assert energy != float(np.float32(energy))
+
+
+def _resume(config_file: Path, run: Path, *settings: str) -> dict[str, Any]:
+    config = load_config(config_file, settings)
+    return train(config, config_file, config_file.parent / "prepared", Terminal(), [], resume=run)
+
+
+def test_what_may_not_change_is_refused_key_by_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = write_experiment(tmp_path)
+    run = _stopped_at(monkeypatch, config_file, 3)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError) as caught:
+        _resume(config_file, run, "train.potential.features=16", "train.epochs=5", "train.seed=4")
+    text = str(caught.value)
+    assert "the config is not the one that the run was started with" in text
+    assert "train.seed: 0 before, 4 now\n" in text
+    assert "train.potential.features: 8 before, 16 now\n" in text
+    assert "train.epochs: 3" not in text
+    assert "set it back, or train anew without --resume" in text
+    after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "log.txt"}
+    assert {path: before[path] for path in after if path in before} == {
+        path: content for path, content in after.items() if path in before
+    }
+
+
+def test_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_file = write_experiment(tmp_path)
+    run = _stopped_at(monkeypatch, config_file, 3)
+    (tmp_path / "data.extxyz").unlink()
+    write_extxyz(tmp_path / "data.extxyz", springs(seed=5))
+    prepare(load_config(config_file), tmp_path / "prepared", Terminal())
+    with pytest.raises(ConfigError, match="the sources of the dataset have changed"):
+        _resume(config_file, run)
+
+
+def test_more_epochs_are_trained_and_noted(
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished[0].parent, tmp_path / "copy", symlinks=True)
+    config_file = tmp_path / "copy" / "config.toml"
+    run = tmp_path / "copy" / "runs" / Path(finished[1]["run"]).name
+    with pytest.raises(ConfigError) as caught:
+        _resume(config_file, run)
+    assert "the run has done all its 3 epochs" in str(caught.value)
+    assert "raise it to train on: --set train.epochs=6" in str(caught.value)
+    result = _resume(config_file, run, "train.epochs=5")
+    whole = _run(write_experiment(tmp_path / "whole"), "train.epochs=5")
+    assert _numbers(result) == _numbers(whole)
+    assert "goes on after 3 epochs and 0 batches\ntrain.epochs: 3 before, 5 now" in (
+        capsys.readouterr().out
+    )
+    assert [row["epoch"] for row in _rows(result)] == ["0", "1", "2", "3", "4", ""]
+    (entry,) = json.loads((run / "manifest.json").read_text())["resumed"]
+    assert entry["epochs_done"] == 3
+    assert entry["changed"] == {"train.epochs": [3, 5]}
+    assert load_config(run / "config.toml").train.epochs == 5  # type: ignore[union-attr]
+
+
+def test_a_run_that_is_none_or_has_no_checkpoint_or_is_busy_is_refused(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    config = load_config(config_file)
+    prepare(config, tmp_path / "prepared", Terminal())
+    with pytest.raises(RunError, match="there is no run at"):
+        _resume(config_file, tmp_path / "runs" / "latest")
+    run = RunDirectory.create(tmp_path, config, {})
+    with pytest.raises(RunError, match="has no checkpoint to go on from"):
+        _resume(config_file, run.path)
+    (run.path / "checkpoints" / "last.ckpt").touch()
+    with run.locked(), pytest.raises(RunError, match="another process trains the run"):
+        _resume(config_file, run.path)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_gives_the_numbers_of_one_that_never_stopped(
+    tmp_path: Path,
+) -> None:
+    settings = ("train.epochs=12", "train.checkpoints.minutes=0.001", *CHANGING)
+    whole = _run(write_experiment(tmp_path / "whole"), *settings)
+    config_file = write_experiment(tmp_path / "killed")
+    prepare(load_config(config_file, settings), tmp_path / "killed" / "prepared", Terminal())
+    command = [sys.executable, "-m", "runner", "train", str(config_file.parent)]
+    command += ["--data-dir", str(tmp_path / "killed" / "prepared")]
+    command += [word for setting in settings for word in ("--set", setting)]
+    rng, killed, last = np.random.default_rng(0), 0, tmp_path / "killed/runs/latest"
+    while killed < 20:
+        go_on = ["--resume"] if (last / "checkpoints" / "last.ckpt").is_file() else []
+        process = subprocess.Popen([*command, *go_on], stderr=subprocess.PIPE, text=True)
+        signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+        try:
+            process.wait(float(rng.uniform(4, 9)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signals[killed % 4])
+            killed += 1
+        error = process.communicate()[1]
+        assert "Traceback" not in error
+        assert "bug" not in error
+        if process.returncode == 0:
+            break
+    assert killed >= 1
+    if process.returncode != 0:
+        subprocess.run([*command, "--resume"], check=True)
+    result = {"run": str(last.resolve())}
+    assert _numbers(result) == _numbers(whole)
+    for checkpoint in ("last", "best"):
+        expected = _weights(whole["run"], checkpoint)
+        found = _weights(result["run"], checkpoint)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_early_stopping_ends_the_run(tmp_path: Path) -> None:
