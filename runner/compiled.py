@@ -182,8 +182,10 @@ class CompiledStep:
         if batch.positions.device.type != "cpu" or n_pairs < PAIRS_IN_PART // 2:
             return [batch]
         n = 2 * -(-n_pairs // (2 * PAIRS_IN_PART))
-        parts = batch.parts(n, least=GENERAL_FROM)
-        return parts if all(_is_general(part) for part in parts) else [batch]
+        # large structures are parts by themselves: the program counts structures, nothing more
+        least = 1 if n_pairs > PAIRS_IN_PART * batch.n_atoms.shape[0] else GENERAL_FROM
+        parts = batch.parts(n, least)
+        return parts if all(_is_general(part, least) for part in parts) else [batch]
 
     def _trace(
         self,
@@ -246,11 +248,11 @@ def _alone() -> None:
     torch.set_flush_denormal(True)
 
 
-def _is_general(batch: Batch) -> bool:
-    """Whether it has two structures, atoms and pairs at least."""
-    sizes = [batch.n_atoms.shape[0], batch.positions.shape[0], batch.half_pairs.shape[1]]
+def _is_general(batch: Batch, structures: int = GENERAL_FROM) -> bool:
+    """Whether it has so many structures, and two atoms and pairs at least."""
+    sizes = [batch.positions.shape[0], batch.half_pairs.shape[1]]
     sizes += [] if batch.half_near is None else [batch.half_near.shape[0]]
-    return min(sizes) >= GENERAL_FROM
+    return batch.n_atoms.shape[0] >= structures and min(sizes) >= GENERAL_FROM
 
 
 def _is_wrong(how: str) -> RunError:

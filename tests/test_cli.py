@@ -251,14 +251,15 @@ def test_an_interrupted_training_goes_on_in_the_same_run(tmp_path: Path) -> None
     command = [sys.executable, "-m", "runner", "run", str(tmp_path), "--set", "train.epochs=1000"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
+    said = ""
     for line in process.stdout:
+        said += line
         if line.startswith("epoch 1/1000"):
-            break
-    process.send_signal(signal.SIGINT)
-    said = process.communicate()[0]
+            process.send_signal(signal.SIGINT)
+    process.wait()
     assert process.returncode == 130
     run = (tmp_path / "runs" / "latest").resolve()
-    again = f"runner train {tmp_path} --data-dir {tmp_path / 'prepared'} --resume {run}"
+    again = f"runner train {tmp_path} --resume {run}"
     assert f"stopped early; to go on: {again}" in said
     done = json.loads((run / "manifest.json").read_text())
     assert done["status"] == "interrupted"

@@ -80,6 +80,9 @@ def test_molecules_some_without_a_label(name: str) -> None:
     compiled = CompiledStep(step, ["forces"])
     _compare(step, compiled, block, {"energy": 1.0, "forces": 3.0, "dipole": 0.5})
     _compare(step, compiled, block, {"energy": 0.1, "forces": 7.0, "dipole": 2.0})
+    large = Block.of(without(random_structures([9, 12, 8, 11, 10, 9]), "forces", [1]), CUTOFF)
+    assert [part.n_structures for part in compiled._parts(large.batch())] == [1] * 6
+    _compare(step, compiled, large, {"energy": 0.1, "forces": 7.0, "dipole": 2.0})
     for rows in ([4], []):  # left to the eager step
         assert not compiled.fits(block.take(np.array(rows, np.int64)).batch())
 
@@ -148,6 +151,17 @@ def test_parts_give_what_the_whole_batch_does(
     assert len(parts) > 2
     assert not parts[0].labelled["forces"].any()
     _compare(step, compiled, block, {"energy": 1.0, "forces": 3.0, "dipole": 0.5})
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_large_structures_are_parts_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
+    step = _step("tensornet", {"energy": {}, "forces": {}})
+    compiled, weights = CompiledStep(step), {"energy": 1.0, "forces": 3.0}
+    _compare(step, compiled, Block.of(random_structures([3, 5, 4, 6]), CUTOFF), weights)
+    large = Block.of(random_structures([9, 12, 8, 11, 10, 9]), CUTOFF)
+    assert [part.n_structures for part in compiled._parts(large.batch())] == [1] * 6
+    _compare(step, compiled, large, weights)
 
 
 @pytest.mark.usefixtures("small_parts")

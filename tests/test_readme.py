@@ -17,13 +17,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-SHORTEST, POTENTIAL, BATCHES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+SHORTEST, POTENTIAL, TRAINING, BATCHES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 WITH_POTENTIAL = SHORTEST.replace('[train.potential]\nname = "painn"\n', POTENTIAL).replace(
     "forces =", 'total_charge = { key = "total_charge" }\nforces =', 1
 )
 
 
-@pytest.mark.parametrize("text", [SHORTEST + BATCHES, WITH_POTENTIAL], ids=["short", "potential"])
+@pytest.mark.parametrize(
+    "text",
+    [SHORTEST + BATCHES, WITH_POTENTIAL + TRAINING],
+    ids=["short with batches", "potential with training"],
+)
 def test_the_configs_that_are_shown_prepare_and_train(tmp_path: Path, text: str) -> None:
     assert text.count("[train.potential]") == 1
     config_file = tmp_path / "experiments" / "short" / "config.toml"
@@ -31,7 +35,11 @@ def test_the_configs_that_are_shown_prepare_and_train(tmp_path: Path, text: str)
     config_file.write_text(text)
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data" / "small-molecules.extxyz", tmp_path / "data")
-    config = load_config(config_file, ["train.epochs=1", "train.potential.features=8"])
+    settings = ["train.potential.features=8", "train.batch={structures=64}"]
+    config = load_config(config_file, settings)
+    assert config.train is not None
+    settings += ["train.epochs=1", *(["train.stage=[]"] if config.train.stage else [])]
+    config = load_config(config_file, settings)
     prepared = prepare(config, tmp_path / "prepared", Terminal())
     assert prepared["elements"] == ["H", "C", "N", "O"]
     assert prepared["fit"]["rank"] == 4
