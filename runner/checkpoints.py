@@ -114,7 +114,9 @@ class Interruptions(Callback):
             raise KeyboardInterrupt
         self._asked = True
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.say(f"{name}: the run ends after this batch, or after its validation; again: at once")
+        text = f"{name}: the run ends after this batch, or after its validation; again: at once"
+        # in a thread of its own: here something else may be half said
+        threading.Thread(target=self.say, args=(text,)).start()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -249,14 +249,13 @@ def test_an_interrupted_training_goes_on_in_the_same_run(tmp_path: Path) -> None
     write_experiment(tmp_path)
     environment = os.environ | {"RUNNER_DATA_DIR": str(tmp_path / "prepared")}
     command = [sys.executable, "-m", "runner", "run", str(tmp_path), "--set", "train.epochs=1000"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     said = ""
-    for line in process.stdout:
-        said += line
-        if line.startswith("epoch 1/1000"):
-            process.send_signal(signal.SIGINT)
-    process.wait()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said += line
+            if line.startswith("epoch 1/1000"):
+                process.send_signal(signal.SIGINT)
     assert process.returncode == 130
     run = (tmp_path / "runs" / "latest").resolve()
     again = f"runner train {tmp_path} --resume {run}"

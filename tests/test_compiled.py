@@ -80,8 +80,10 @@ def test_molecules_some_without_a_label(name: str) -> None:
     compiled = CompiledStep(step, ["forces"])
     _compare(step, compiled, block, {"energy": 1.0, "forces": 3.0, "dipole": 0.5})
     _compare(step, compiled, block, {"energy": 0.1, "forces": 7.0, "dipole": 2.0})
-    large = Block.of(without(random_structures([9, 12, 8, 11, 10, 9]), "forces", [1]), CUTOFF)
-    assert [part.n_structures for part in compiled._parts(large.batch())] == [1] * 6
+    large = Block.of(
+        without(random_structures([9, 12, 8, 11, 10, 9, 8, 11, 9, 10, 8, 9]), "forces", [1]), CUTOFF
+    )
+    assert [part.n_structures for part in compiled._parts(large.batch())] == [1] * 12
     _compare(step, compiled, large, {"energy": 0.1, "forces": 7.0, "dipole": 2.0})
     for rows in ([4], []):  # left to the eager step
         assert not compiled.fits(block.take(np.array(rows, np.int64)).batch())
@@ -158,9 +160,14 @@ def test_large_structures_are_parts_by_themselves(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
     step = _step("tensornet", {"energy": {}, "forces": {}})
     compiled, weights = CompiledStep(step), {"energy": 1.0, "forces": 3.0}
-    _compare(step, compiled, Block.of(random_structures([3, 5, 4, 6]), CUTOFF), weights)
-    large = Block.of(random_structures([9, 12, 8, 11, 10, 9]), CUTOFF)
-    assert [part.n_structures for part in compiled._parts(large.batch())] == [1] * 6
+    _compare(
+        step,
+        compiled,
+        Block.of(random_structures([3, 5, 4, 6, 2, 3, 4, 5, 3, 2, 6, 4]), CUTOFF),
+        weights,
+    )
+    large = Block.of(random_structures([9, 12, 8, 11, 10, 9, 8, 11, 9, 10, 8, 9]), CUTOFF)
+    assert [part.n_structures for part in compiled._parts(large.batch())] == [1] * 12
     _compare(step, compiled, large, weights)
 
 
