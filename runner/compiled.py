@@ -9,6 +9,7 @@ The eager step stays the reference; it also takes the batches that are too small
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -220,7 +221,12 @@ class CompiledStep:
             return make_fx(function, tracing_mode="symbolic")(*inputs), inputs
 
     def _compare(self, batch: Batch, weights: Mapping[str, float]) -> str:
-        """How the compiled step differs from the eager one on a batch; empty if it does not."""
+        """How the compiled step differs from the eager one on a batch; empty if it does not.
+
+        Of a large batch some parts are compared, so that the eager step needs little memory.
+        """
+        some = batch.parts(-(-batch.half_pairs.shape[1] // (4 * PAIRS_IN_PART)), GENERAL_FROM)[0]
+        batch = some if _is_general(some) else batch
         parameters = list(self._parameters.values())
         totals, gradients = [], []
         for step in (self._compute, self.step):
@@ -229,6 +235,8 @@ class CompiledStep:
             found = torch.autograd.grad(total, parameters, allow_unused=True)
             given = zip(parameters, found, strict=True)
             gradients.append([torch.zeros_like(p) if g is None else g for p, g in given])
+        if not math.isfinite(totals[1]):  # said elsewhere
+            return ""
         largest = max(float(g.abs().max()) for g in gradients[1])
         off = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
         if off <= TOLERANCE * largest and abs(totals[0] - totals[1]) <= TOLERANCE * abs(totals[1]):

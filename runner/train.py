@@ -42,7 +42,7 @@ from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
 from runner.training import MONITOR, Training
 
-WORTH_COMPILING = 5e6  # pairs that a training computes; some 2e6 pay for the compiling
+WORTH_COMPILING = 3e6  # pairs that a training computes; some 1e6 pay for the compiling
 
 
 def train(
@@ -226,7 +226,7 @@ def _train(
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
     compiled = _compiles(config, data, terminal)
     module = Training(potential, config, passport(config, dataset), incomplete, compiled)
-    module.say = terminal.say
+    module.say, module.name_of = terminal.say, dataset.name_of
     try:
         trainer = _trainer(config, run, terminal, done or 0)
     except (MisconfigurationException, ValueError) as error:

@@ -16,6 +16,7 @@ from runner.checkpoints import random_states, set_random_states
 from runner.compiled import CompiledStep, Step, StepResult
 from runner.config import PlateauConfig, TrainConfig
 from runner.errors import RunError
+from runner.fields import LABELS
 from runner.losses import Loss
 from runner.metrics import SplitMetrics
 from runner.optimization import Average, build_optimizer
@@ -67,6 +68,7 @@ class Training(lightning.LightningModule):
         if compile_step:
             self.compiled = CompiledStep(self.step, incomplete)
         self.say: Callable[[str], None] = lambda _: None
+        self.name_of: Callable[[str, int], str] = lambda split, number: f"{split} {number}"
         self.splits = torch.nn.ModuleDict(
             # "train" is an attribute of every module, so the keys carry a suffix
             {f"{s}_split": SplitMetrics(s, self.loss, measured) for s in ("train", "val", "test")}
@@ -90,8 +92,35 @@ class Training(lightning.LightningModule):
             result = self._compiled_result(batch, weights) or self.step(batch, weights)
         else:
             result = self.measured(batch, weights)
+        self._stop_if_not_finite(result, batch, split)
         self._metrics(split).update(result.sums, result.prediction, batch)
         return result.total
+
+    def _stop_if_not_finite(self, result: StepResult, batch: Batch, split: str) -> None:
+        """Name terms and structures; at once on a CPU, where looking at a number costs nothing.
+
+        A GPU would have to be waited for: there the end of the epoch tells.
+        """
+        total = result.total.detach()
+        if total.device.type != "cpu" or math.isfinite(total.item()):
+            return
+        terms = [name for name, s in result.sums.items() if not math.isfinite(s.total.item())]
+        found: set[int] = set()
+        for name in terms:
+            values = result.prediction[name].detach()
+            rows = ~values.isfinite().reshape(len(values), -1).all(dim=1)
+            wrong = batch.structure[rows] if LABELS[name].per == "atom" else rows.nonzero()
+            found |= set(wrong.flatten().tolist())
+        names = [self.name_of(split, int(batch.index[s])) for s in sorted(found)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise RunError(
+            f"{', '.join(f'{split}/loss/{name}' for name in terms)} is not a finite number in "
+            f"epoch {self.current_epoch}, at step {self.global_step}",
+            where=f"{len(names)} of {batch.n_structures} structures of a batch of the {split} "
+            f"split: {'; '.join(names[:3])}{more}",
+            remedy="lower train.optimizer.lr or train.trainer.gradient_clip_val, and look at "
+            "these structures: atoms that are too near each other, or the largest forces",
+        )
 
     def _compiled_result(self, batch: Batch, weights: Mapping[str, float]) -> StepResult | None:
         """What the compiled step gives, where there is one and it takes such a batch."""

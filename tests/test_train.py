@@ -222,8 +222,12 @@ def test_several_devices_are_refused(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path: Path) -> None:
     config, config_file, folder = _prepared(tmp_path, "train.optimizer.lr=1e18")
-    with pytest.raises(RunError, match=r"loss/energy.* is not a finite number in epoch \d"):
+    with pytest.raises(RunError) as caught:
         train(config, config_file, folder, Terminal(), [])
+    text = str(caught.value)
+    assert re.search(r"train/loss/energy.* is not a finite number in epoch 0, at step \d", text)
+    assert re.search(r"structures of a batch of the train split: data.extxyz, structure \d+", text)
+    assert "lower train.optimizer.lr" in text
     (run,) = (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())
     assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
 
