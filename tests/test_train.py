@@ -296,7 +296,9 @@ def _weights(run: str | Path, name: str = "last") -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("step", [0, 3, 7, 8, 9])
+@pytest.mark.parametrize(
+    "step", [3, 8, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 7, 9))]
+)
 def test_a_resumed_run_gives_the_numbers_of_one_that_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any], step: int
 ) -> None:

@@ -111,7 +111,7 @@ def main() -> None:
         "features (batches of 32 structures of 16 atoms)": [
             (features, measured, 32, 16) for features, measured in by_features.items()
         ],
-        f"structures a batch (of 16 atoms, {FEATURES} features)": [
+        f"structures a batch (structures of 16 atoms, {FEATURES} features)": [
             (n, usual, n, 16) for n in (4, 8, 16, 32, 64, 128)
         ],
     }
