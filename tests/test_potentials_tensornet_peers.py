@@ -148,7 +148,7 @@ def _torchmdnet_state(found: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Its weights under our names."""
     theirs = _Weights(found)
     e = "tensor_embedding"
-    state = theirs.linear(f"{e}.emb", "embedding.elements")
+    state = theirs.linear(f"{e}.emb", "embedding.elements.elements")
     state |= theirs.halves(f"{e}.emb2", "embedding.centre", "embedding.neighbor")
     state["embedding.centre.bias"] = theirs.pop(f"{e}.emb2.bias")
     state |= theirs.linear(f"{e}.init_norm", "embedding.norm")
@@ -169,7 +169,7 @@ def _torchmdnet_state(found: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     state |= theirs.linear("out_norm", "norm")
     state |= theirs.linear("linear", "readout")
     for layer in (0, 2):
-        state |= theirs.linear(f"output_network.layers.{layer}", f"energies.{layer}")
+        state |= theirs.linear(f"output_network.layers.{layer}", f"readouts.energies.{layer}")
     assert set(theirs) == {
         "distance_expansion.means",
         "distance_expansion.betas",
@@ -200,7 +200,7 @@ def test_energies_and_forces_equal_torchmdnet_s(
     assert np.full(RADIAL_BASIS, basis.sharpness) == pytest.approx(betas, rel=1e-12)
     basis.centres.copy_(torch.as_tensor(means))  # ours are rounded to float32
     ours.load_state_dict(_torchmdnet_state(found))
-    prediction = Potential(ours)(batch)
+    prediction = Potential(ours, config)(batch)
     energies = ours(batch)["energies"].detach().numpy()
     forces = prediction["forces"].detach().numpy()
     print("deviations from torchmd-net:", np.abs(energies / found["energies"] - 1).max(), end=" ")
@@ -221,12 +221,12 @@ def _graph_pes_embedding(theirs: _Weights) -> Embedding:
     }
     state = theirs.halves(f"{e}.edge_embedding.z_map", "centre", "neighbor")
     state["centre.bias"] = torch.zeros(FEATURES)
-    state["elements.weight"] = theirs.pop(f"{e}.edge_embedding.z_embedding._embeddings")
+    state["elements.elements.weight"] = theirs.pop(f"{e}.edge_embedding.z_embedding._embeddings")
     for ours, name in known.items():
         state |= theirs.linear(f"{e}.{name}", ours)
     for part, letter in enumerate("IAS"):
         state |= theirs.linear(f"{e}.W_{letter}.linear", f"mix.weights.{part}")
-    embedding = Embedding(FEATURES).double()
+    embedding = Embedding(FEATURES, []).double()
     embedding.load_state_dict(state)
     return embedding
 
@@ -262,7 +262,7 @@ def test_embedding_and_interactions_equal_graph_pes_s_between_its_filters(tmp_pa
     _, direction = half_pair_vectors(batch)
     with torch.no_grad():
         embedding = _graph_pes_embedding(theirs)
-        x = embedding(batch.atomic_numbers, filters("first filters"), none, direction, batch.pairs)
+        x = embedding(batch, filters("first filters"), none, direction)
         compare(x, "X")
         for number in range(LAYERS):
             interaction = _graph_pes_interaction(theirs, number)
