@@ -30,6 +30,7 @@ class Batch:
         structure: which structure each atom belongs to.
         n_atoms: atoms of each structure.
         index: the number that each structure has in its split of the prepared dataset.
+        source: the number of the source that each structure is from.
         half_pairs: rows of atoms i and j within the cutoff, each pair once, sorted by i.
         labels: reference values by name, as `runner.fields` shapes them; NaN where missing.
         labelled: of each label that some structure lacks, which structures have it whole.
@@ -45,6 +46,7 @@ class Batch:
     structure: Int64[Tensor, " n_atoms"]
     n_atoms: Int64[Tensor, " n_structures"]
     index: Int64[Tensor, " n_structures"]
+    source: Int64[Tensor, " n_structures"]
     half_pairs: Int64[Tensor, "2 n_half"]
     labels: dict[str, Float[Tensor, "n ..."]]
     labelled: dict[str, Bool[Tensor, " n_structures"]]
@@ -78,35 +80,14 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return Batch(
-            move(self.atomic_numbers),
-            move(self.positions),
-            move(self.structure),
-            move(self.n_atoms),
-            move(self.index),
-            move(self.half_pairs),
-            {name: move(label) for name, label in self.labels.items()},
-            {name: move(mask) for name, mask in self.labelled.items()},
-            None if self.cell is None else move(self.cell),
-            None if self.half_shifts is None else move(self.half_shifts),
-            None if self.half_near is None else move(self.half_near),
-        )
+        tensors = {name: move(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        labels = {name: move(label) for name, label in self.labels.items()}
+        labelled = {name: move(mask) for name, mask in self.labelled.items()}
+        return replace(self, **tensors, labels=labels, labelled=labelled)
 
     def none(self) -> Batch:
         """A batch of no structure, otherwise like this one."""
-        return Batch(
-            self.atomic_numbers[:0],
-            self.positions[:0],
-            self.structure[:0],
-            self.n_atoms[:0],
-            self.index[:0],
-            self.half_pairs[:, :0],
-            {name: label[:0] for name, label in self.labels.items()},
-            {},
-            None if self.cell is None else self.cell[:0],
-            None if self.half_shifts is None else self.half_shifts[:0],
-            None if self.half_near is None else self.half_near[:0],
-        )
+        return replace(self._part(0, 0, [0, 0], [0, 0]), labelled={})
 
     def nearest(self) -> Batch:
         """The same with the near pairs alone."""
@@ -142,7 +123,7 @@ class Batch:
         one, atom, pair = slice(start, stop), slice(*atoms), slice(*pairs)
         near = self.half_near
         if near is not None:
-            bounds = torch.searchsorted(near, torch.tensor(pairs)).tolist()
+            bounds = torch.searchsorted(near, near.new_tensor(pairs)).tolist()
             near = near[slice(*bounds)] - pairs[0]
         return Batch(
             self.atomic_numbers[atom],
@@ -150,6 +131,7 @@ class Batch:
             self.structure[atom] - start,
             self.n_atoms[one],
             self.index[one],
+            self.source[one],
             self.half_pairs[:, pair] - atoms[0],
             {n: v[atom if FIELDS[n].per == "atom" else one] for n, v in self.labels.items()},
             {name: mask[one] for name, mask in self.labelled.items()},
@@ -227,7 +209,8 @@ class Block:
         if near is not None:
             pairs["near"] = lists.distances(structures.atoms["positions"], first_atom, cell) < near
         atoms = {"atomic_numbers": structures.atoms["atomic_numbers"]}
-        by_structure: dict[str, np.ndarray] = {}
+        source = structures.structures.get("source", np.zeros(len(structures), np.int16))
+        by_structure: dict[str, np.ndarray] = {"source": source}
         labelled = {}
         for name in (POSITIONS.name, CELL.name, *LABELS):
             per_atom = FIELDS[name].per == "atom"
@@ -323,6 +306,7 @@ class Block:
             structure=torch.from_numpy(structure),
             n_atoms=torch.from_numpy(sizes),
             index=torch.from_numpy(self.index),
+            source=tensors["source"].to(torch.int64),
             half_pairs=torch.from_numpy(ij),
             labels={name: tensors[name] for name in LABELS if name in tensors},
             labelled={

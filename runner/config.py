@@ -416,11 +416,15 @@ class FilterConfig(Section):
 
     @model_validator(mode="after")
     def _known_elements(self) -> FilterConfig:
-        for symbol in self.elements or []:
-            if symbol not in chemical_symbols[1:]:
-                hint = did_you_mean(symbol, chemical_symbols[1:])
-                raise _reject("; ".join(filter(None, [f'"{symbol}" is not an element', hint])))
+        _require_elements(self.elements or [])
         return self
+
+
+def _require_elements(symbols: Iterable[str]) -> None:
+    for symbol in symbols:
+        if symbol not in chemical_symbols[1:]:
+            hint = did_you_mean(symbol, chemical_symbols[1:])
+            raise _reject("; ".join(filter(None, [f'"{symbol}" is not an element', hint])))
 
 
 class PrepareConfig(Section):
@@ -820,20 +824,28 @@ def _weight(value: object) -> object:
     return value
 
 
-class LossTermConfig(Section):
-    """One term of the loss."""
+class TermConfig(Section):
+    """What every term of the loss has."""
 
     weight: Annotated[float | WeightSchedule | PiecewiseWeight, BeforeValidator(_weight)] = 1.0
     """A number, or a schedule over epochs or steps."""
-    error: Literal["squared", "absolute", "huber"] = "squared"
-    """Function of a component's deviation."""
-    huber_delta: Positive = 1.0
-    """Where the Huber error turns from squared to linear, in the label's unit."""
+    by_source: dict[str, NonNegative] = {}
+    """What structures of a source count, by the name of its file; those not named count 1. The mean
+    stays one over all structures that have the label."""
 
     def weight_at(self, epoch: int, step: float = 0.0) -> float:
         """The weight in an epoch, at a step, both counted from 0."""
         weight = self.weight
         return weight if isinstance(weight, int | float) else weight.at(epoch, step)
+
+
+class LossTermConfig(TermConfig):
+    """A term of the loss that compares a quantity with its label."""
+
+    error: Literal["squared", "absolute", "huber"] = "squared"
+    """Function of a component's deviation."""
+    huber_delta: Positive = 1.0
+    """Where the Huber error turns from squared to linear, in the label's unit."""
 
 
 class EnergyLossConfig(LossTermConfig):
@@ -848,6 +860,28 @@ class AtomLossConfig(LossTermConfig):
 
     reduction: Literal["structure", "atom"] = "structure"
     """`structure`: structures count alike; `atom`: all atoms of the batch count alike."""
+    by_element: dict[str, NonNegative] = {}
+    """What atoms of an element count, by its symbol; those not named count 1."""
+
+    @model_validator(mode="after")
+    def _known_elements(self) -> AtomLossConfig:
+        _require_elements(self.by_element)
+        return self
+
+
+class OwnLossConfig(TermConfig):
+    """A term of the loss that is a class of yours, derived from `runner.losses.Term`. All further
+    keys go to its constructor."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """`"package.module:Class"`."""
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """What goes to the constructor."""
+        return dict(self.model_extra or {})
 
 
 class LossConfig(Section):
@@ -860,6 +894,19 @@ class LossConfig(Section):
     dipole: LossTermConfig | None = None
     quadrupole: LossTermConfig | None = None
     charges: AtomLossConfig | None = None
+    spin_multiplicity: LossTermConfig | None = None
+    own: dict[str, OwnLossConfig] = {}
+    """Terms of your own, by what they are called in the logs: `[train.loss.own.angle]`."""
+
+    @model_validator(mode="after")
+    def _own_names(self) -> LossConfig:
+        for name in self.own:
+            if name in LABELS or name == "total_loss" or not name.isidentifier():
+                raise _reject(
+                    f"a term of your own cannot be called {name}: it needs a name of letters, "
+                    "digits and underscores that is no quantity's"
+                )
+        return self
 
     @model_validator(mode="after")
     def _some_term(self) -> LossConfig:
@@ -868,18 +915,35 @@ class LossConfig(Section):
         return self
 
     @property
-    def terms(self) -> dict[str, LossTermConfig]:
+    def terms(self) -> dict[str, TermConfig]:
         """The terms that are there, by name."""
-        named = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: term for name, term in named.items() if term is not None}
+        named = {name: getattr(self, name) for name in type(self).model_fields if name != "own"}
+        return {name: term for name, term in named.items() if term is not None} | self.own
 
 
-MetricNames = Annotated[list[Literal["mae", "rmse"]], Field(min_length=1)]
+METRIC_NAMES = ("mae", "rmse", "max_error", "r2", "cosine")
+
+
+def _metric(name: object) -> object:
+    if not isinstance(name, str) or not (name in METRIC_NAMES or ":" in name):
+        hint = did_you_mean(str(name), METRIC_NAMES)
+        allowed = f'a metric is one of {", ".join(METRIC_NAMES)}, or "package.module:Class"'
+        raise _reject("; ".join(filter(None, [allowed, hint])))
+    return name
+
+
+MetricNames = Annotated[list[Annotated[str, BeforeValidator(_metric)]], Field(min_length=1)]
 
 
 class MetricsConfig(Section):
-    """`[train.metrics]`: which errors are measured of which quantity."""
+    """`[train.metrics]`: which errors are measured of which quantity: `mae`, `rmse`, `max_error`,
+    `r2` of its components, `cosine` of the angle between vectors, on average, or
+    `"package.module:Class"`: a class of torchmetrics, or yours derived from `torchmetrics.Metric`,
+    made without arguments and updated with predicted and reference components, both flat."""
 
+    by: list[Literal["element", "source", "size", "charge"]] = []
+    """Validation and test errors also apart: of the atoms of each element, and of the structures
+    of each source, of similar numbers of atoms (1, 2, 3–4, 5–8, …), or of each total charge."""
     energy: MetricNames | None = None
     forces: MetricNames | None = None
     stress: MetricNames | None = None
@@ -887,11 +951,19 @@ class MetricsConfig(Section):
     dipole: MetricNames | None = None
     quadrupole: MetricNames | None = None
     charges: MetricNames | None = None
+    spin_multiplicity: MetricNames | None = None
+
+    @model_validator(mode="after")
+    def _cosines_of_vectors(self) -> MetricsConfig:
+        for name, metrics in self.properties.items():
+            if "cosine" in metrics and LABELS[name].shape != (3,):
+                raise _reject(f"{name} has no direction, so there is no cosine of it")
+        return self
 
     @property
     def properties(self) -> dict[str, list[str]]:
         """The metrics of every quantity that has some."""
-        named = {name: getattr(self, name) for name in type(self).model_fields}
+        named = {name: getattr(self, name) for name in type(self).model_fields if name != "by"}
         return {name: list(metrics) for name, metrics in named.items() if metrics is not None}
 
 
@@ -1309,7 +1381,13 @@ class TrainConfig(Section):
         asked = sorted(f"train.metrics.{name}" for name in FROM_CHARGES & set(self.measured))
         asked = ["train.potential.charges"] if potential.charges is not None else asked
         terms = ", ".join(f"train.loss.{name}" for name in sorted(FROM_CHARGES))
-        if asked and not trained and potential.coulomb is None:
+        spin = "spin_multiplicity"
+        if spin in self.measured and spin not in self.loss.terms and not self.loss.own:
+            raise _reject(
+                f"train.metrics.{spin} asks for spins, and nothing trains them; add "
+                f"train.loss.{spin}"
+            )
+        if asked and not trained and potential.coulomb is None and not self.loss.own:
             raise _reject(
                 f"{asked[0]} asks for partial charges, and nothing trains them; add one of "
                 f"{terms}, or train.potential.coulomb"
@@ -1325,9 +1403,9 @@ class TrainConfig(Section):
     @property
     def measured(self) -> dict[str, list[str]]:
         """The metrics of every measured quantity."""
-        if self.metrics is not None:
+        if self.metrics is not None and self.metrics.properties:
             return self.metrics.properties
-        return {name: ["mae", "rmse"] for name in self.loss.terms}
+        return {name: ["mae", "rmse"] for name in self.loss.terms if name not in self.loss.own}
 
 
 class Config(Section):

@@ -348,6 +348,7 @@ class OnDevice:
             positions=found["positions"],
             structure=structure,
             n_atoms=n_atoms,
+            source=found["source"].to(torch.int64),
             index=chosen,
             half_pairs=torch.stack([found["center"] + first, found["neighbor"] + first]),
             labels={name: found[name] for name in LABELS if name in found},

@@ -10,20 +10,35 @@ and e the error function of a component (its square, unless the config says othe
 `TotalChargeError`                    e(Σ_i q̂_i − Q)
 `DipoleMomentError`                   Σ_k e((Σ_i q̂_i r_i − μ)_k) / 3
 ====================================  ==========================================================
+
+With weights of sources and elements, ℓ_s and the e of an atom are multiplied by them; what the sum
+is divided by stays the number of structures, or atoms, that have the label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from ase.data import atomic_numbers
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from runner.batches import Batch
-from runner.config import AtomLossConfig, EnergyLossConfig, LossConfig, LossTermConfig, StageConfig
+from runner.config import (
+    AtomLossConfig,
+    EnergyLossConfig,
+    LossConfig,
+    LossTermConfig,
+    OwnLossConfig,
+    StageConfig,
+    TermConfig,
+)
+from runner.errors import ConfigError, did_you_mean
+from runner.fields import LABELS
+from runner.foreign import find_class
 
 ErrorFunction = Callable[[Tensor, float], Tensor]
 
@@ -71,63 +86,111 @@ def over_processes(sums: Mapping[str, Sum]) -> dict[str, Sum]:
     return {name: Sum(n * s.total, count) for (name, s), count in parts}
 
 
-class PerStructureSquaredError(nn.Module):
+class Term(nn.Module):
+    """One term of the loss: a number ℓ_s for every structure.
+
+    A term of your own is a class derived from this one, with `values` and `labels`; its constructor
+    takes what its table in the config says beside `name`, `weight` and `by_source`.
+
+    Attributes:
+        labels: what it compares with, as `runner.fields` names it; the mean is over the structures
+            that have all of it.
+        quantities: what the potential has to predict for it; the same as `labels`, unless given.
+        by_source: what structures count, by the number of their source; the others count 1.
+    """
+
+    labels: tuple[str, ...] = ()
+    quantities: tuple[str, ...] | None = None
+
+    def __init__(self) -> None:
+        """Nothing is needed."""
+        super().__init__()
+        self.by_source: dict[int, float] = {}
+
+    def values(
+        self, prediction: Mapping[str, Tensor], batch: Batch
+    ) -> Float[Tensor, " n_structures"]:
+        """ℓ_s of every structure; what it is for one without the labels, 0 in here, is ignored.
+
+        Args:
+            prediction: by name, with shapes and units of `runner.fields`.
+            batch: with `labels` of the same names.
+        """
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> Float[Tensor, " n_structures"]:
+        """How often each structure counts in the mean that the term is."""
+        return torch.ones_like(batch.n_atoms, dtype=batch.positions.dtype)
+
+    def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
+        """Σ_s ℓ_s over the structures that have the labels, and their number."""
+        labelled = self._labelled(batch)
+        known = batch if labelled is None else _known(batch, self.labels)
+        values = self.values(prediction, known)
+        if labelled is not None:  # also in the gradient
+            values = torch.where(labelled, values, 0.0)
+        if self.by_source:
+            values = values * weights_of(batch.source, self.by_source, values)
+        return Sum(values.sum(), self.count(batch))
+
+    def count(self, batch: Batch) -> Float[Tensor, ""]:
+        """How many structures have the labels, or what else is counted of them."""
+        labelled, counts = self._labelled(batch), self.counts(batch)
+        return counts.sum() if labelled is None else torch.where(labelled, counts, 0.0).sum()
+
+    def _labelled(self, batch: Batch) -> Bool[Tensor, " n_structures"] | None:
+        """Which structures have all labels; None if they all have."""
+        masks = [batch.labelled[name] for name in self.labels if name in batch.labelled]
+        return None if not masks else torch.stack(masks).all(dim=0)
+
+
+class PerStructureSquaredError(Term):
     """Mean over components of the squared deviation of a structure's quantity."""
 
     def __init__(self, name: str, config: LossTermConfig) -> None:
         """Compare the quantity `name`."""
         super().__init__()
-        self.name = name
-        self.config = config
+        self.name, self.config, self.labels = name, config, (name,)
         self.per_atom = isinstance(config, EnergyLossConfig) and config.per_atom
 
-    def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
-        """Σ_s ℓ_s over the structures that have the label, and their number."""
-        difference = prediction[self.name] - batch.labels[self.name]
-        components = _rows(difference)
+    def values(
+        self, prediction: Mapping[str, Tensor], batch: Batch
+    ) -> Float[Tensor, " n_structures"]:
+        """Mean over components of e(ŷ − y)."""
+        components = _rows(prediction[self.name] - batch.labels[self.name])
         if self.per_atom:
             components = components / batch.n_atoms.unsqueeze(-1)
-        components = _masked(components, batch.labelled.get(self.name))
-        values = ERRORS[self.config.error](components, self.config.huber_delta).mean(dim=-1)
-        return Sum(values.sum(), self.count(batch))
-
-    def count(self, batch: Batch) -> Float[Tensor, ""]:
-        """How many structures have the label."""
-        return _count(batch.labelled.get(self.name), batch.n_atoms, batch.positions)
+        return ERRORS[self.config.error](components, self.config.huber_delta).mean(dim=-1)
 
 
-class PerAtomToStructureSquaredError(nn.Module):
+class PerAtomToStructureSquaredError(Term):
     """Squared deviation of the atoms' quantity, per atom and component of the structure.
 
-    With `reduction = "atom"` all atoms of the batch count alike, instead of all structures.
+    With `reduction = "atom"` all atoms of the batch count alike, instead of all structures. The
+    deviations of an element's atoms are multiplied by its weight, if it has one.
     """
 
-    def __init__(self, name: str, config: LossTermConfig) -> None:
+    def __init__(self, name: str, config: AtomLossConfig) -> None:
         """Compare the quantity `name`."""
         super().__init__()
-        self.name = name
-        self.config = config
-        self.pooled = isinstance(config, AtomLossConfig) and config.reduction == "atom"
+        self.name, self.config, self.labels = name, config, (name,)
+        self.pooled = config.reduction == "atom"
+        self.by_element = {atomic_numbers[symbol]: w for symbol, w in config.by_element.items()}
 
-    def forward(self, prediction: Mapping[str, Tensor], batch: Batch) -> Sum:
-        """Σ_s ℓ_s over the structures that have the label, and their number."""
-        difference = prediction[self.name] - batch.labels[self.name]
-        components = _rows(difference)
-        mask = batch.labelled.get(self.name)
-        atom_mask = None if mask is None else mask[batch.structure]
-        components = _masked(components, atom_mask)
+    def values(
+        self, prediction: Mapping[str, Tensor], batch: Batch
+    ) -> Float[Tensor, " n_structures"]:
+        """Σ_i Σ_k w_i e(ŷ_ik − y_ik) / K over atoms and components, over N_s unless pooled."""
+        components = _rows(prediction[self.name] - batch.labels[self.name])
         values = ERRORS[self.config.error](components, self.config.huber_delta).mean(dim=-1)
-        if not self.pooled:
-            values = batch.sum_by_structure(values) / batch.n_atoms
-        return Sum(values.sum(), self.count(batch))
+        if self.by_element:
+            values = values * weights_of(batch.atomic_numbers, self.by_element, values)
+        summed = batch.sum_by_structure(values)
+        return summed if self.pooled else summed / batch.n_atoms
 
-    def count(self, batch: Batch) -> Float[Tensor, ""]:
-        """How many structures, or their atoms, have the label."""
-        mask = batch.labelled.get(self.name)
-        if self.pooled:
-            mask = None if mask is None else mask[batch.structure]
-            return _count(mask, batch.structure, batch.positions)
-        return _count(mask, batch.n_atoms, batch.positions)
+    def counts(self, batch: Batch) -> Float[Tensor, " n_structures"]:
+        """1 of every structure, or its atoms."""
+        return batch.n_atoms.to(batch.positions.dtype) if self.pooled else super().counts(batch)
 
 
 class TotalChargeError(PerStructureSquaredError):
@@ -138,7 +201,7 @@ class DipoleMomentError(PerStructureSquaredError):
     """‖Σ_i q̂_i r_i − μ‖² / 3, about the origin of the positions as given."""
 
 
-LOSSES: dict[str, type[PerStructureSquaredError | PerAtomToStructureSquaredError]] = {
+LOSSES: dict[str, Callable[[str, Any], Term]] = {
     "energy": PerStructureSquaredError,
     "forces": PerAtomToStructureSquaredError,
     "stress": PerStructureSquaredError,
@@ -146,24 +209,117 @@ LOSSES: dict[str, type[PerStructureSquaredError | PerAtomToStructureSquaredError
     "dipole": DipoleMomentError,
     "quadrupole": PerStructureSquaredError,
     "charges": PerAtomToStructureSquaredError,
+    "spin_multiplicity": PerStructureSquaredError,
 }
+
+
+def build_term(name: str, config: TermConfig, sources: Sequence[str] = ()) -> Term:
+    """A term of the loss.
+
+    Args:
+        name: of the quantity, or what the user calls it.
+        config: its table, `[train.loss.<name>]` or `[train.loss.own.<name>]`.
+        sources: names of the dataset's sources.
+
+    Raises:
+        ConfigError: a class of the user's cannot be found or built, or there is no such source.
+    """
+    where = f"train.loss.{name}"
+    if isinstance(config, OwnLossConfig):
+        where = f"train.loss.own.{name}"
+        kind = find_class(config.name, Term, f"{where}.name")
+        try:
+            term = kind(**config.hyperparameters)
+            term.by_source  # noqa: B018 - there once Term's own constructor has run
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{config.name} cannot be built: {error}",
+                where=where,
+                remedy="its constructor takes the keys of its table, but name, weight and "
+                "by_source, and begins with super().__init__()",
+            ) from error
+        unknown = [n for n in (*term.labels, *(term.quantities or ())) if n not in LABELS]
+        if unknown:
+            raise ConfigError(
+                f"{config.name} asks for {unknown[0]}, which is no quantity",
+                where=where,
+                allowed=", ".join(LABELS),
+            )
+    else:
+        term = LOSSES[name](name, config)
+    term.by_source = {
+        number_of(source, sources, f"{where}.by_source"): weight
+        for source, weight in config.by_source.items()
+    }
+    return term
+
+
+def number_of(source: str, sources: Sequence[str], where: str) -> int:
+    """The number of a source, by its name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if source not in sources:
+        few = ", ".join(sources[:10]) + (f" and {len(sources) - 10} more" if sources[10:] else "")
+        hint = did_you_mean(source, sources)
+        raise ConfigError(
+            "; ".join(filter(None, [f'there is no source "{source}"', hint])),
+            where=where,
+            allowed=few,
+        )
+    return list(sources).index(source)
 
 
 class Loss(nn.Module):
     """The weighted sum of all terms."""
 
-    def __init__(self, config: LossConfig, stages: Sequence[StageConfig] = ()) -> None:
-        """Build every term of the config; the weights change with the stages of the training."""
+    def __init__(
+        self,
+        config: LossConfig,
+        stages: Sequence[StageConfig] = (),
+        sources: Sequence[str] = (),
+    ) -> None:
+        """Build every term of the config; the weights change with the stages of the training.
+
+        Args:
+            config: the `[train.loss]` table.
+            stages: of the training.
+            sources: names of the dataset's sources.
+
+        Raises:
+            ConfigError: a class of the user's cannot be found or built, or there is no such source.
+        """
         super().__init__()
         self.config, self.stages = config, list(stages)
         self.terms = nn.ModuleDict(
-            {name: LOSSES[name](name, term) for name, term in config.terms.items()}
+            {name: build_term(name, term, sources) for name, term in config.terms.items()}
         )
+
+    def term(self, name: str) -> Term:
+        """One of them."""
+        term = self.terms[name]
+        assert isinstance(term, Term)
+        return term
+
+    @property
+    def labels(self) -> list[str]:
+        """What is compared with."""
+        return list(dict.fromkeys(x for name in self.terms for x in self.term(name).labels))
+
+    @property
+    def quantities(self) -> set[str]:
+        """What a potential has to predict."""
+        return {quantity for name in self.terms for quantity in self.quantities_of(name)}
+
+    def quantities_of(self, name: str) -> tuple[str, ...]:
+        """What it has to predict for one of the terms."""
+        term = self.term(name)
+        return term.labels if term.quantities is None else term.quantities
 
     def counts(self, batch: Batch) -> dict[str, Float[Tensor, ""]]:
         """Over how many structures, or atoms, the mean of every term is; the labels tell."""
-        terms: dict[str, Any] = dict(self.terms.items())
-        return {name: term.count(batch) for name, term in terms.items()}
+        return {name: self.term(name).count(batch) for name in self.terms}
 
     def sums(self, prediction: Mapping[str, Tensor], batch: Batch) -> dict[str, Sum]:
         """Every term, unweighted, with what it was summed over."""
@@ -190,20 +346,27 @@ class Loss(nn.Module):
         return means | {"total_loss": self.weighted(means, self.weights_at(epoch))}
 
 
+def weights_of(
+    kinds: Int64[Tensor, " n"], values: Mapping[int, float], like: Float[Tensor, "..."]
+) -> Float[Tensor, " n"]:
+    """The weight of each row by its kind, such as its element; 1 of those without."""
+    weights = torch.ones_like(kinds, dtype=like.dtype)
+    for kind, value in values.items():
+        weights = torch.where(kinds == kind, value, weights)
+    return weights
+
+
+def _known(batch: Batch, names: Sequence[str]) -> Batch:
+    """The batch with 0 for labels that are missing, which a gradient can pass through."""
+    labels = dict(batch.labels)
+    for name in names:
+        if (mask := batch.labelled.get(name)) is not None:
+            rows = mask[batch.structure] if LABELS[name].per == "atom" else mask
+            there = rows.reshape(-1, *[1] * (labels[name].dim() - 1))
+            labels[name] = torch.where(there, labels[name], 0.0)
+    return replace(batch, labels=labels)
+
+
 def _rows(difference: Float[Tensor, "n ..."]) -> Float[Tensor, "n components"]:
     """A row of components for each structure or atom, of which there may be none."""
     return difference.flatten(1) if difference.dim() > 1 else difference.unsqueeze(-1)
-
-
-def _masked(
-    components: Float[Tensor, "n components"], mask: Bool[Tensor, " n"] | None
-) -> Float[Tensor, "n components"]:
-    """Zero, also in the gradient, where there is no label."""
-    return components if mask is None else torch.where(mask.unsqueeze(-1), components, 0.0)
-
-
-def _count(mask: Bool[Tensor, " n"] | None, rows: Shaped[Tensor, " n"], like: Tensor) -> Tensor:
-    """How many rows there are, or of them are not masked, as a number like another's."""
-    if mask is None:
-        return like.new_full((), rows.shape[0])
-    return mask.sum().to(like.dtype)

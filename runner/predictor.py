@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,16 @@ def _upgrade_from_1(checkpoint: dict[str, Any]) -> None:
 UPGRADES: dict[int, Callable[[dict[str, Any]], None]] = {1: _upgrade_from_1}
 
 
-def passport(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
-    """What has to travel with the weights for them to be of use: plain data only."""
+def passport(
+    config: TrainConfig, quantities: Collection[str], dataset: PreparedDataset
+) -> dict[str, Any]:
+    """What has to travel with the weights for them to be of use: plain data only.
+
+    Args:
+        config: the `[train]` table.
+        quantities: that the potential predicts.
+        dataset: that it is trained on.
+    """
     attributes = dataset.attributes
     levels = attributes["levels"]
     by_level = attributes.get("self_energies_by_level", {levels[0]: attributes["self_energies"]})
@@ -60,7 +68,7 @@ def passport(config: TrainConfig, dataset: PreparedDataset) -> dict[str, Any]:
     return {
         "checkpoint_version": CHECKPOINT_VERSION,
         "potential": config.potential.model_dump(mode="json"),
-        "quantities": sorted({*config.loss.terms, *config.measured}),
+        "quantities": sorted(quantities),
         "self_energies": fit.values,
         "fit": fit.certificate(),
         "statistics": attributes["statistics"],

@@ -30,7 +30,7 @@ SCHEMA_VERSION = 2
 TRANSFORMATION_VERSION = 2  # raise when the same input would give other numbers
 CHUNK_ROWS = 1 << 16
 SHARD_ROWS = 1 << 20
-ORIGIN = ("source", "source_index", "group", "level")  # where each structure came from
+NOT_LEARNT_FROM = ("source_index", "group", "level")
 
 
 def fingerprint(prepare: Mapping[str, Any], hashes: Sequence[Sequence[str]]) -> str:
@@ -279,14 +279,14 @@ class PreparedDataset:
         Args:
             start: the first.
             stop: the one after the last.
-            origins: whether to read where they came from.
+            origins: whether to read where they came from, beside the number of the source.
 
         Raises:
             DatasetError: a chunk is missing, or its checksum is wrong.
         """
         first_atom = self._read("structures/first_atom", start, stop + 1)
         rows = (int(first_atom[0]), int(first_atom[-1]))
-        left_out = {"first_atom"} if origins else {"first_atom", *ORIGIN}
+        left_out = {"first_atom"} if origins else {"first_atom", *NOT_LEARNT_FROM}
         structures, atoms = {}, {}
         for key in self._arrays:
             table, name = key.split("/")
@@ -347,6 +347,11 @@ class PreparedDataset:
     def labels(self) -> dict[str, int]:
         """How many structures have each label that the dataset holds."""
         return dict(self.attributes["statistics"]["coverage"])
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the files that it was made of, by their numbers."""
+        return [source["name"] for source in self.attributes["sources"]]
 
     @property
     def quadrupole(self) -> Literal["traced", "traceless"]:

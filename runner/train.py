@@ -33,8 +33,9 @@ from runner.config import BatchConfig, Config, DataConfig, TrainConfig, differen
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError, RunError
 from runner.experiment import MetricsFile, RunDirectory, read_rows
-from runner.fields import LABELS, Field
-from runner.metrics import labelled_components
+from runner.fields import LABELS
+from runner.losses import Loss
+from runner.metrics import groupings, has_unit, labelled_components, quantity_of
 from runner.potentials import build_potential
 from runner.predictor import Predictor, passport
 from runner.prepare import default_data_dir, find_prepared
@@ -69,7 +70,8 @@ def train(
     started = time.perf_counter()
     settings = require_train(config, config_file)
     dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir))
-    _check_data(settings, dataset)
+    loss = Loss(settings.loss, settings.stage, dataset.source_names)
+    _check_data(settings, loss, dataset)
     if resume is None:
         run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
     else:
@@ -78,7 +80,7 @@ def train(
         terminal.say(f"run {run.path}", f"dataset {dataset.path}")
         done = None if resume is None else _resume(run, config, dataset, terminal)
         try:
-            result = _train(settings, dataset, run, terminal, done)
+            result = _train(settings, loss, dataset, run, terminal, done)
         except KeyboardInterrupt:
             run.finish("interrupted")
             saved = any((run.path / "checkpoints").iterdir())
@@ -193,6 +195,7 @@ def require_train(config: Config, config_file: Path) -> TrainConfig:
 
 def _train(
     config: TrainConfig,
+    loss: Loss,
     dataset: PreparedDataset,
     run: RunDirectory,
     terminal: Terminal,
@@ -202,9 +205,10 @@ def _train(
     lightning.seed_everything(config.seed, verbose=False)
     # filling fresh memory costs time and changes no number
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    quantities = {*loss.labels, *loss.quantities, *config.measured}
     potential = build_potential(
         config.potential,
-        {*config.loss.terms, *config.measured},
+        quantities,
         dataset.attributes["statistics"]["train"],
         dataset.attributes["elements"],
         dataset.quadrupole,
@@ -225,7 +229,16 @@ def _train(
     terminal.say(f"potential {config.potential.name}, {weights} weights")
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
     compiled = _compiles(config, data, terminal)
-    module = Training(potential, config, passport(config, dataset), incomplete, compiled)
+    by = [] if config.metrics is None else config.metrics.by
+    module = Training(
+        potential,
+        loss,
+        config,
+        passport(config, quantities, dataset),
+        groupings(by, dataset.source_names),
+        incomplete,
+        compiled,
+    )
     module.say, module.name_of = terminal.say, dataset.name_of
     try:
         trainer = _trainer(config, run, terminal, done or 0)
@@ -275,14 +288,20 @@ def _compiles(config: TrainConfig, data: PreparedDataModule, terminal: Terminal)
     return True
 
 
-def _check_data(config: TrainConfig, dataset: PreparedDataset) -> None:
+def _check_data(config: TrainConfig, loss: Loss, dataset: PreparedDataset) -> None:
     """Refuse what cannot be trained on this dataset, before anything is computed."""
-    for name in {*config.loss.terms, *config.measured}:
+    asked = {
+        label: f"loss.{name}" for name in config.loss.terms for label in loss.term(name).labels
+    }
+    asked = {name: f"metrics.{name}" for name in config.measured} | asked
+    if config.metrics is not None and "charge" in config.metrics.by:
+        asked.setdefault("total_charge", "metrics.by")
+    for name, where in asked.items():
         if name not in dataset.labels:
-            section = "loss" if name in config.loss.terms else "metrics"
+            section = where.partition(".")[0]
             raise DatasetError(
                 f"the prepared dataset has no {name}",
-                where=f"train.{section}.{name}",
+                where=f"train.{where}",
                 allowed=", ".join(dataset.labels),
                 remedy=f"map {name} in [[prepare.source]], or take it out of train.{section}",
             )
@@ -493,7 +512,11 @@ class EpochLines(Logger):
         if MONITOR not in metrics:
             return
         headline = [(name, f"val/{key}") for name, key in _headline(self.config)]
-        errors = [f"{name} {metrics[key]:.4g}" for name, key in headline if key in metrics]
+        errors = [
+            " ".join([name, *_in_small_units(key.removeprefix("val/"), metrics[key])])
+            for name, key in headline
+            if key in metrics
+        ]
         now = time.perf_counter()
         self.say(
             f"epoch {metrics['epoch'] + 1}/{self.config.epochs}  "
@@ -568,14 +591,11 @@ def _test(
 
 def _in_small_units(name: str, value: float) -> tuple[str, str]:
     """An energy or a force in meV, others as they are."""
-    unit = _label_of(name).unit_text
+    if not has_unit(name):
+        return f"{value:.4g}", ""
+    unit = quantity_of(name).unit_text
     shown, factor = (f"m{unit}", 1000) if unit.startswith("eV") else (unit, 1)
     return f"{factor * value:.4g}", shown + (" an atom" if "_per_atom" in name else "")
-
-
-def _label_of(metric: str) -> Field:
-    """The quantity that a metric such as `energy_per_atom_mae` is an error of."""
-    return LABELS[metric.rpartition("_")[0].removesuffix("_per_atom")]
 
 
 def _parity_pairs(
@@ -584,11 +604,12 @@ def _parity_pairs(
     """(reference, predicted) components of each quantity that is trained or measured."""
     collected: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     potential = module.potential.eval()
-    quantities = {*module.config.loss.terms, *module.config.measured}
+    quantities = {*module.loss.labels, *module.config.measured}
     for batch in data.loader("test"):
         prediction = potential(batch.to(potential.device), **module.derivatives)
         for name in quantities:
-            predicted, reference = labelled_components(name, prediction, batch.to(potential.device))
+            there = batch.to(potential.device)
+            predicted, reference, _ = labelled_components(name, prediction, there)
             pair = (reference.cpu().numpy(), predicted.cpu().numpy())
             collected.setdefault(name, []).append(pair)
     return {
@@ -625,6 +646,6 @@ def _curves(metrics: Path) -> Mapping[str, Any]:
             ]
             if points:
                 epochs, values = zip(*points, strict=True)
-                title = f"{name}, {_label_of(name).unit_text}" if name.endswith("_mae") else name
+                title = f"{name}, {quantity_of(name).unit_text}" if name.endswith("_mae") else name
                 curves.setdefault(title, {})[split] = (list(epochs), list(values))
     return curves

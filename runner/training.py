@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -18,11 +18,12 @@ from runner.config import PlateauConfig, TrainConfig
 from runner.errors import RunError
 from runner.fields import LABELS
 from runner.losses import Loss
-from runner.metrics import SplitMetrics
+from runner.metrics import Grouping, SplitMetrics
 from runner.optimization import Average, build_optimizer
 from runner.potentials import Potential
 
 MONITOR = "val/loss/total_loss"
+STRUCTURES_FOR_GRADIENTS = 16
 # in a checkpoint the weights to use are called "potential", those that are trained "averaged"
 AVERAGED = ("potential.", "averaged.module.")
 
@@ -33,8 +34,10 @@ class Training(lightning.LightningModule):
     def __init__(
         self,
         potential: Potential,
+        loss: Loss,
         config: TrainConfig,
         passport: Mapping[str, Any],
+        groupings: Sequence[Grouping] = (),
         incomplete: Collection[str] = (),
         compile_step: bool = False,
     ) -> None:
@@ -42,26 +45,27 @@ class Training(lightning.LightningModule):
 
         Args:
             potential: what is trained.
+            loss: what is minimised.
             config: the `[train]` table.
             passport: plain data that travels in every checkpoint, see `runner.predictor`.
+            groupings: of what validation and test errors are measured apart.
             incomplete: labels that some structure of the data lacks.
             compile_step: whether training steps are compiled.
         """
         super().__init__()
-        self.potential = potential
-        self.config = config
+        self.potential, self.loss, self.config = potential, loss, config
         self.passport = dict(passport)
         self.latest: dict[str, dict[str, float]] = {}  # by split
         self.epochs_done = 0
         self._random: dict[str, Any] = {}
-        self.loss = Loss(config.loss, config.stage)
+        self._gradient_norms: dict[str, Tensor | float] = {}  # by term, measured once an epoch
         self.average = None if config.average is None else Average(config.average, potential)
         # so that it is saved, and moved to a device
         self.averaged = None if self.average is None else self.average.model
         measured = config.measured
         self._started = self._validation_started = time.perf_counter()
         self._validating = 0.0
-        needed = {*measured, *config.loss.terms}
+        needed = {*measured, *loss.quantities}
         self.derivatives = {name: name in needed for name in ("forces", "stress")}
         self.step = Step(potential, self.loss, self.derivatives)
         self.compiled: CompiledStep | None = None
@@ -71,7 +75,10 @@ class Training(lightning.LightningModule):
         self.name_of: Callable[[str, int], str] = lambda split, number: f"{split} {number}"
         self.splits = torch.nn.ModuleDict(
             # "train" is an attribute of every module, so the keys carry a suffix
-            {f"{s}_split": SplitMetrics(s, self.loss, measured) for s in ("train", "val", "test")}
+            {
+                f"{name}_split": SplitMetrics(name, loss, measured, apart)
+                for name, apart in (("train", ()), ("val", groupings), ("test", groupings))
+            }
         )
 
     def training_step(self, batch: Batch) -> Tensor:
@@ -87,11 +94,8 @@ class Training(lightning.LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: Batch, split: str) -> Tensor:
-        weights = self.loss.weights_at(self.current_epoch, float(self.global_step))
-        if split == "train":
-            result = self._compiled_result(batch, weights) or self.step(batch, weights)
-        else:
-            result = self.measured(batch, weights)
+        weights = self._weights()
+        result = (self._training_result if split == "train" else self.measured)(batch, weights)
         self._stop_if_not_finite(result, batch, split)
         self._metrics(split).update(result.sums, result.prediction, batch)
         return result.total
@@ -106,7 +110,7 @@ class Training(lightning.LightningModule):
             return
         terms = [name for name, s in result.sums.items() if not math.isfinite(s.total.item())]
         found: set[int] = set()
-        for name in terms:
+        for name in {name for term in terms for name in self.loss.quantities_of(term)}:
             values = result.prediction[name].detach()
             rows = ~values.isfinite().reshape(len(values), -1).all(dim=1)
             wrong = batch.structure[rows] if LABELS[name].per == "atom" else rows.nonzero()
@@ -122,10 +126,14 @@ class Training(lightning.LightningModule):
             "these structures: atoms that are too near each other, or the largest forces",
         )
 
-    def _compiled_result(self, batch: Batch, weights: Mapping[str, float]) -> StepResult | None:
+    def _weights(self) -> dict[str, float]:
+        """Those of the loss's terms now."""
+        return self.loss.weights_at(self.current_epoch, float(self.global_step))
+
+    def _training_result(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
         """What the compiled step gives, where there is one and it takes such a batch."""
         if self.compiled is None or not self.compiled.fits(batch):
-            return None
+            return self.step(batch, weights)
         try:
             return self.compiled(batch, weights)
         except RunError as error:
@@ -134,7 +142,18 @@ class Training(lightning.LightningModule):
             torch.set_num_threads(self.compiled.threads)
             self.compiled = None
             self.say(f"the step is no longer compiled: {error.what}")
-            return None
+            return self.step(batch, weights)
+
+    def _measure_gradients(self, batch: Batch) -> None:
+        """Norm of the gradient of every term, with its weight, for some structures of a batch."""
+        some = batch.parts(max(1, len(batch.n_atoms) // STRUCTURES_FOR_GRADIENTS))[0]
+        parameters = [p for p in self.potential.parameters() if p.requires_grad]
+        for term, weight in self._weights().items():
+            alone = dict.fromkeys(self.loss.terms, 0.0) | {term: weight}
+            total = self._training_result(some, alone).total
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([g for g in found if g is not None])
+            self._gradient_norms[term] = norm
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the checkpoint that is resumed."""
@@ -150,6 +169,9 @@ class Training(lightning.LightningModule):
         """Validation came before: the epoch is over, and makes one row of the logs."""
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         row = {"epoch": self.current_epoch, "lr": rate} | self._times()
+        norms = self._gradient_norms.items()
+        row |= {f"train/gradient_norm/{term}": float(norm) for term, norm in norms}
+        self._gradient_norms = {}
         self._write(row | self._finish("train") | self.latest["val"])
         self.epochs_done = self.current_epoch + 1
 
@@ -181,12 +203,12 @@ class Training(lightning.LightningModule):
         # scheduled weights as they end, so that the epochs of a validation can be compared
         weights = self.loss.weights_at(self.config.epochs - 1, math.inf)
         if split == "train":
-            weights = self.loss.weights_at(self.current_epoch, float(self.global_step))
+            weights = self._weights()
         values = metrics.compute(self.loss, weights)
         metrics.reset()
         if f"{split}/loss/total_loss" not in values and split != "test":
             raise RunError(
-                f"no structure of the {split} split has {' or '.join(self.config.loss.terms)}",
+                f"no structure of the {split} split has {' or '.join(self.loss.labels)}",
                 where=f"prepare.split.{split}",
                 remedy="choose the splits so that each has what train.loss asks for",
             )
@@ -266,8 +288,10 @@ class Training(lightning.LightningModule):
         if self.average is not None:
             self.average.after_step(self.potential)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """After the last step of an epoch, average its weights."""
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Once an epoch, measure gradients, and after its last step average its weights."""
+        if not self._gradient_norms:
+            self._measure_gradients(batch)
         if self.average is not None and self.trainer.is_last_batch:
             self.average.after_epoch(self.potential, self.current_epoch)
 
@@ -293,6 +317,7 @@ class Training(lightning.LightningModule):
         checkpoint["training"] = {
             "epochs_done": self.epochs_done,
             "random": random_states(),
+            "gradient_norms": {term: float(n) for term, n in self._gradient_norms.items()},
             "metrics": self._metrics("train").state(),
         }
 
@@ -303,6 +328,7 @@ class Training(lightning.LightningModule):
         training = checkpoint["training"]
         self.epochs_done, self._random = training["epochs_done"], training["random"]
         self._metrics("train").set_state(training["metrics"])
+        self._gradient_norms = dict(training.get("gradient_norms", {}))
 
 
 def _swap(weights: dict[str, Tensor], one: str, other: str) -> None:

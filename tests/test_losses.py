@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from molecules import random_structures, without
 
 from runner.batches import Batch, Block, make_batch
-from runner.config import LossConfig
+from runner.config import LossConfig, potential_config
+from runner.errors import ConfigError
 from runner.fields import LABELS
-from runner.losses import LOSSES, Loss, over_processes
+from runner.losses import LOSSES, Loss, Term, over_processes
+from runner.potentials import build_potential
 from runner.structures import Structures
 
 SIZES = [3, 1, 5, 2, 4]
@@ -158,7 +161,8 @@ def test_sums_of_unequal_batches_give_the_mean_over_all_structures() -> None:
 
 
 def test_the_table_of_losses_equals_what_the_config_allows() -> None:
-    assert set(LOSSES) == set(LossConfig.model_fields)
+    assert set(LOSSES) | {"own"} == set(LossConfig.model_fields)
+    assert set(LOSSES) == set(LABELS)
 
 
 def test_a_batch_of_no_structure_costs_nothing() -> None:
@@ -219,3 +223,140 @@ def test_uneven_processes_have_the_gradient_of_all_their_structures(tmp_path: Pa
     assert expected.abs().min() > 0
     for _ in processes:
         assert results.get() == pytest.approx(expected.tolist(), rel=1e-12)
+
+
+class Cosh(Term):
+    """A term of the user's: log cosh of the force errors of a structure, over a temperature."""
+
+    labels = ("forces", "charges")
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def values(self, prediction: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        forces = prediction["forces"] - batch.labels["forces"]
+        charges = prediction["charges"] - batch.labels["charges"]
+        return batch.sum_by_structure(forces.cosh().log().sum(1) / self.temperature + charges**2)
+
+
+class Forgetful(Term):
+    """Without its base's constructor."""
+
+    def __init__(self) -> None:
+        pass
+
+
+class OfNothingKnown(Term):
+    labels = ("enthalpy",)
+
+
+def test_a_term_of_the_users_equals_a_loop(structures: Structures) -> None:
+    batch = make_batch(structures, 5.0, torch.float64)
+    prediction = _prediction(batch)
+    table = {"name": "test_losses:Cosh", "weight": 3.0, "temperature": 0.5}
+    loss = Loss(LossConfig.model_validate({"energy": {}, "own": {"cosh": table}}))
+    assert loss.labels == ["energy", "forces", "charges"]
+    expected = []
+    for s in range(len(SIZES)):
+        rows = slice(structures.first_atom[s], structures.first_atom[s + 1])
+        f = prediction["forces"].detach().numpy()[rows] - structures.atoms["forces"][rows]
+        q = prediction["charges"].detach().numpy()[rows] - structures.atoms["charges"][rows]
+        if not np.isnan(f).any() and not np.isnan(q).any():
+            expected.append(np.log(np.cosh(f)).sum() / 0.5 + (q**2).sum())
+    assert len(expected) == 2
+    found = loss(prediction, batch)
+    assert found["cosh"].item() == pytest.approx(np.mean(expected), rel=1e-12)
+    total = found["energy"] + 3 * found["cosh"]
+    assert found["total_loss"].item() == pytest.approx(total.item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(found["cosh"], prediction["forces"])
+    there = torch.tensor([s in (1, 4) for s in batch.structure.tolist()])  # those with both labels
+    assert (gradient[~there] == 0).all()
+    assert (gradient[there] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("test_losses:Kosh", {}, "there is no Kosh in test_losses(.|\n)*test_losses:Cosh"),
+        ("nowhere:Cosh", {}, "nowhere:Cosh cannot be imported"),
+        ("test_losses:Structures", {}, "is not a class of runner.losses.Term"),
+        ("test_losses:Cosh", {"heat": 1.0}, "cannot be built(.|\n)*heat(.|\n)*train.loss.own.x"),
+        ("test_losses:Forgetful", {}, r"cannot be built(.|\n)*begins with super\(\).__init__\(\)"),
+        ("test_losses:OfNothingKnown", {}, "asks for enthalpy, which is no quantity"),
+    ],
+)
+def test_a_term_of_the_users_that_does_not_fit(
+    name: str, more: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Loss(LossConfig.model_validate({"own": {"x": {"name": name} | more}}))
+
+
+@pytest.mark.parametrize("reduction", ["structure", "atom"])
+def test_weights_of_sources_and_elements_equal_a_loop(
+    structures: Structures, reduction: str
+) -> None:
+    source = np.array([0, 1, 1, 2, 0], np.int16)
+    structures = Structures(
+        structures.first_atom, structures.atoms, structures.structures | {"source": source}
+    )
+    batch = make_batch(structures, 5.0, torch.float64)
+    prediction = _prediction(batch)
+    by_source = {"b.xyz": 3.0, "c.xyz": 0.0}
+    terms = {
+        "energy": {"by_source": by_source},
+        "forces": {"by_source": by_source, "by_element": {"H": 0.25}, "reduction": reduction},
+    }
+    loss = Loss(LossConfig.model_validate(terms), sources=["a.xyz", "b.xyz", "c.xyz"])
+    found = {name: value.item() for name, value in loss(prediction, batch).items()}
+    weights = np.array([1.0, 3.0, 0.0])[source]
+    error = (prediction["energy"].detach().numpy() - structures.structures["energy"]) ** 2
+    assert found["energy"] == pytest.approx(np.nanmean(weights * error), rel=1e-12)
+    sums, count = 0.0, 0
+    for s, n in enumerate(SIZES):
+        rows = slice(structures.first_atom[s], structures.first_atom[s + 1])
+        f = prediction["forces"].detach().numpy()[rows] - structures.atoms["forces"][rows]
+        if np.isnan(f).any():
+            continue
+        light = structures.atoms["atomic_numbers"][rows] == 1
+        per_atom = (f**2).mean(axis=1) * np.where(light, 0.25, 1.0) * weights[s]
+        sums += per_atom.sum() / (1 if reduction == "atom" else n)
+        count += n if reduction == "atom" else 1
+    assert found["forces"] == pytest.approx(sums / count, rel=1e-12)
+
+
+def test_a_source_that_is_not_there_is_named() -> None:
+    config = LossConfig.model_validate({"energy": {"by_source": {"qm9.xyz": 2.0}}})
+    with pytest.raises(ConfigError) as caught:
+        Loss(config, sources=["qm7.xyz", "water.xyz"])
+    text = str(caught.value)
+    assert 'there is no source "qm9.xyz"; did you mean "qm7.xyz"?' in text
+    assert "train.loss.energy.by_source" in text
+    assert "water.xyz" in text
+
+
+def test_spins_sum_to_the_multiplicity_and_are_learnt() -> None:
+    structures = random_structures(SIZES, seed=4)
+    spins = np.array([1.0, 2.0, 1.0, 3.0, np.nan])
+    structures = Structures(
+        structures.first_atom,
+        structures.atoms,
+        structures.structures | {"spin_multiplicity": spins},
+    )
+    torch.manual_seed(0)
+    config = potential_config({"name": "painn", "cutoff": "4 angstrom", "features": 8})
+    potential = build_potential(config, {"spin_multiplicity"}, {}).double()
+    batch = make_batch(structures, 4.0, torch.float64)
+    loss = Loss(LossConfig.model_validate({"spin_multiplicity": {}}))
+    optimizer = torch.optim.Adam(potential.parameters(), lr=5e-3)
+    values = []
+    for _ in range(150):
+        total = loss(potential(batch, forces=False), batch)["total_loss"]
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        values.append(total.item())
+    assert values[-1] < 0.02 * values[0]
+    found = potential(batch, forces=False)["spin_multiplicity"][:4].tolist()
+    assert found == pytest.approx(spins[:4], abs=0.3)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from runner.epochs import Draw
 from runner.errors import ConfigError, DatasetError, InputError, RunError, SelfEnergyError
 from runner.experiment import RunDirectory
 from runner.loader import Stock
+from runner.losses import Term
 from runner.predictor import Predictor
 from runner.prepare import find_prepared, prepare
 from runner.terminal import Terminal
@@ -875,3 +877,44 @@ def test_a_short_training_is_not_compiled(
     finished: tuple[Path, dict[str, Any]],
 ) -> None:
     assert "compiled" not in (Path(finished[1]["run"]) / "log.txt").read_text()
+
+
+def test_errors_apart_and_the_balance_are_logged_each_epoch(tmp_path: Path) -> None:
+    result = _run(
+        write_experiment(tmp_path),
+        "train.epochs=2",
+        'train.loss.own.angle={name="test_train:Angle", weight=0.1}',
+        'train.metrics.forces=["cosine", "mae", "r2", "torchmetrics:PearsonCorrCoef"]',
+        'train.metrics.energy=["max_error"]',
+        'train.metrics.by=["element", "source", "size", "charge"]',
+        'train.loss.forces.by_source={"data.extxyz" = 0.5}',
+    )
+    *epochs, test = _rows(result)
+    assert len(epochs) == 2
+    for row in epochs:
+        terms = ("energy", "forces", "dipole", "angle")
+        assert sum(float(row[f"train/share/{term}"]) for term in terms) == pytest.approx(1)
+        assert all(float(row[f"train/gradient_norm/{term}"]) > 0 for term in terms)
+        assert all(float(row[f"train/coverage/{term}"]) == 1 for term in terms)
+        assert -1 <= float(row["train/forces_cosine"]) <= 1
+        assert float(row["val/forces_PearsonCorrCoef"]) ** 2 <= 1
+        assert float(row["val/loss/angle"]) >= 0
+    by_size = [
+        float(v) for k, v in test.items() if k.startswith("test/energy_max_error_by_size/") and v
+    ]
+    assert float(test["test/energy_max_error"]) == max(by_size)
+    assert float(test["test/forces_mae_by_source/data.extxyz"]) == pytest.approx(
+        float(test["test/forces_mae"])
+    )
+    for group in ("element/H", "charge/", "size/3-4"):
+        assert any(name.startswith(f"forces_mae_by_{group}") for name in result["test"])
+
+
+class Angle(Term):
+    """A term of the user's: one less the cosine of the angle of the forces."""
+
+    labels = ("forces",)
+
+    def values(self, prediction: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        cosine = torch.cosine_similarity(prediction["forces"], batch.labels["forces"], eps=1e-6)
+        return batch.sum_by_structure(1 - cosine) / batch.n_atoms

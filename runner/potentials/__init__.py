@@ -38,8 +38,8 @@ class Potential(nn.Module):
     """Energies and what follows from them, for a batch of structures.
 
     Attributes:
-        architecture: a batch in; of the atoms `energies` (of order one), and maybe `charges` (e),
-            out.
+        architecture: a batch in; of the atoms `energies` (of order one), and maybe `charges` (e)
+            and `spins` (unpaired electrons), out.
         energy: makes energies in eV of the architecture's.
         terms: further energies of atoms, eV, from a batch and its charges.
         cutoff: Å, up to which a batch needs pairs; infinite, all of each molecule.
@@ -97,7 +97,8 @@ class Potential(nn.Module):
 
         `energy` is offset-corrected like a prepared dataset's. The stress is
         :math:`(1/V)\,\partial E/\partial\varepsilon` of a symmetric strain ε of positions and cell,
-        NaN for a structure whose cell has no volume. The graphs of both are kept in training mode
+        NaN for a structure whose cell has no volume. The spin multiplicity is one more than the sum
+        of the atoms' spins. The graphs of both are kept in training mode
         only, where the loss is differentiated through them.
 
         Args:
@@ -135,6 +136,8 @@ class Potential(nn.Module):
                     prediction["stress"] = _per_volume(gradients[-1], batch)
         if charges is not None:
             prediction |= charge_moments(batch, charges, self.quadrupole)
+        if "spins" in atomic:
+            prediction["spin_multiplicity"] = 1 + batch.sum_by_structure(atomic["spins"])
         return prediction
 
 
@@ -178,6 +181,8 @@ def build_potential(
     """
     charged = FROM_CHARGES & set(quantities) or config.coulomb or config.charges
     heads = {"charges"} if charged else set()
+    if "spin_multiplicity" in quantities:
+        heads.add("spins")
     if isinstance(config, ForeignConfig):
         architecture = build_foreign(config, heads, elements)
     else:

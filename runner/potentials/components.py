@@ -134,7 +134,7 @@ class Readouts(nn.ModuleDict):
 
         Args:
             features: of an atom.
-            heads: what is read out beside the energies: "charges", or nothing.
+            heads: what is read out beside the energies: "charges", "spins".
             activation: between the layers.
         """
         super().__init__(

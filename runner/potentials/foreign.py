@@ -4,8 +4,8 @@ Such a class is a `torch.nn.Module`, and all that it has to do is
 
 - take in its constructor, by name, `cutoff` (Å), and every further key of `[train.potential]` with
   the type that it is annotated with; of `elements` (symbols of those in the data), `heads` (what
-  else it has to read out: "charges") and `inputs` (see `runner.config.ArchitectureConfig`) those
-  that it names;
+  else it has to read out: "charges", "spins") and `inputs` (see
+  `runner.config.ArchitectureConfig`) those that it names;
 - give in `forward`, for a `runner.batches.Batch`, a dict with `energies`, one an atom, and one of
   every head: smooth, differentiable functions of `batch.positions`.
 
@@ -89,7 +89,7 @@ def _arguments(
                 remedy=f"give its constructor a parameter `{what}`, or do without: "
                 + (
                     "charges are needed by train.loss.charges, total_charge, dipole and quadrupole "
-                    "and by train.potential.coulomb"
+                    "and by train.potential.coulomb, spins by train.loss.spin_multiplicity"
                     if what == "heads"
                     else f"take out {WHERE}.inputs"
                 ),

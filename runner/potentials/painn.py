@@ -38,7 +38,7 @@ class PaiNN(nn.Module):
 
         Args:
             config: hyperparameters.
-            heads: what is read out beside the energies: "charges", or nothing.
+            heads: what is read out beside the energies: "charges", "spins".
         """
         super().__init__()
         self.config = config

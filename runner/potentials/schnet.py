@@ -46,7 +46,7 @@ class SchNet(nn.Module):
 
         Args:
             config: hyperparameters.
-            heads: what is read out beside the energies: "charges", or nothing.
+            heads: what is read out beside the energies: "charges", "spins".
         """
         super().__init__()
         self.config = config

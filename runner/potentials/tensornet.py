@@ -114,7 +114,7 @@ class TensorNet(Matrices):
 
         Args:
             config: hyperparameters.
-            heads: what is read out beside the energies: "charges", or nothing.
+            heads: what is read out beside the energies: "charges", "spins".
         """
         super().__init__()
         self.config = config
