@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -21,11 +24,21 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from runner.config import CheckpointsConfig
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+AT_ONCE = 2  # checkpoints that wait in memory for being written
 STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is SLURM's, if it is asked
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints are there whole or not at all, whatever is killed."""
+    """Checkpoints are there whole or not at all, whatever is killed.
+
+    They are written by a thread, in the order in which they were asked for: a disk takes its time.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing to write."""
+        super().__init__()
+        self._writer: ThreadPoolExecutor | None = None
+        self._writing: deque[Future[None]] = deque()
 
     def save_checkpoint(
         self,
@@ -33,14 +46,44 @@ class WholeFiles(TorchCheckpointIO):
         path: str | os.PathLike[str],
         storage_options: Any = None,  # noqa: ARG002
     ) -> None:
-        """Write aside, in the same folder, and rename."""
-        file = Path(path)
-        aside = file.with_name(f".{file.name}.part")
-        with aside.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(file)
+        """Take what is in the checkpoint now, and have it written.
+
+        Raises:
+            OSError: an earlier one could not be written.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        self._wait(AT_ONCE - 1)
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._writing.append(self._writer.submit(_write, Path(path), content))
+
+    def _wait(self, n: int = 0) -> None:
+        """Until no more than `n` are still to be written."""
+        while len(self._writing) > n or (self._writing and self._writing[0].done()):
+            self._writing.popleft().result()
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a file."""
+        self._wait()
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.shutdown()
+            self._writer = None
+        self._wait()
+
+
+def _write(file: Path, content: io.BytesIO) -> None:
+    """Aside, in the same folder, and rename."""
+    aside = file.with_name(f".{file.name}.part")
+    with aside.open("wb") as stream:
+        stream.write(content.getbuffer())
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
 
 
 def checkpoints(folder: Path, monitor: str, config: CheckpointsConfig) -> list[Callback]:
@@ -146,8 +189,8 @@ def random_states() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, np.asarray(keys).tolist(), *rest],
-        "python": [version, list(state), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": [version, torch.tensor(state), gauss],
     }
 
 
@@ -157,6 +200,6 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
     kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
     version, state, gauss = states["python"]
-    random.setstate((version, tuple(state), gauss))
+    random.setstate((version, tuple(torch.as_tensor(state).tolist()), gauss))

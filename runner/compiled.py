@@ -98,23 +98,30 @@ class CompiledStep:
     the numbers do not depend on the threads.
     """
 
-    def __init__(self, step: Step, incomplete: Collection[str] = ()) -> None:
+    def __init__(
+        self, step: Step, incomplete: Collection[str] = (), *, learns: bool = True
+    ) -> None:
         """Compile a step.
 
         Args:
-            step: of a potential in training mode.
+            step: of a potential in training mode; in evaluation mode, if it does not learn.
             incomplete: labels that some structure of the data lacks; a batch in which all have
                 them is made to look like the others.
+            learns: whether it gives gradients of the parameters too.
         """
-        self.step = step
-        self.incomplete = sorted(incomplete)
-        self._parameters = dict(step.potential.named_parameters())
-        self._buffers = dict(step.potential.named_buffers())
+        self.incomplete, self.learns = sorted(incomplete), learns
+        self.use(step)
         self._function: Any = None
         self._layout: _Layout | None = None
         self._calls = 0
         self.threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.threads, initializer=_alone)
+
+    def use(self, step: Step) -> None:
+        """Take the weights of another potential of the same kind from now on."""
+        self.step = step
+        self._parameters = dict(step.potential.named_parameters())
+        self._buffers = dict(step.potential.named_buffers())
 
     def fits(self, batch: Batch) -> bool:
         """Whether the batch is of general size: two structures, atoms and pairs at least.
@@ -171,6 +178,8 @@ class CompiledStep:
         parts = self._parts(batch)
         found = list(self._pool.map(run, parts))
         total, sums, prediction, gradients = self._layout.joined(found)
+        if not self.learns:
+            return StepResult(total, sums, prediction)
         return StepResult(
             _Given.apply(total, gradients, *self._parameters.values()),  # type: ignore[no-untyped-call]
             sums,
@@ -203,16 +212,18 @@ class CompiledStep:
         names = [*self._parameters, *self._buffers]
 
         def function(*given: Tensor) -> list[Tensor]:
-            parameters = [p.detach().requires_grad_() for p in given[:n_parameters]]
+            parameters = [p.detach().requires_grad_(self.learns) for p in given[:n_parameters]]
             known = dict(zip(names, [*parameters, *given[n_parameters:n_state]], strict=True))
             here = _batch(batch, dict(zip(tensors, given[n_state + 1 :], strict=True)))
             prediction = functional_call(self.step.potential, known, here, self.step.derivatives)
             sums = self.step.loss.sums(prediction, here)
             weighted = zip(sorted(sums), given[n_state].unbind(), strict=True)
             total = torch.stack([factor * sums[name].total for name, factor in weighted]).sum()
-            gradients = torch.autograd.grad(
-                total, parameters, allow_unused=True, materialize_grads=True
-            )
+            gradients: Sequence[Tensor] = ()
+            if self.learns:
+                gradients = torch.autograd.grad(
+                    total, parameters, allow_unused=True, materialize_grads=True
+                )
             self._layout = _Layout(list(sums), list(prediction))
             packed = self._layout.pack(StepResult(total, sums, prediction), gradients)
             return [tensor.detach() for tensor in packed]
@@ -227,24 +238,34 @@ class CompiledStep:
         """
         some = batch.parts(-(-batch.half_pairs.shape[1] // (4 * PAIRS_IN_PART)), GENERAL_FROM)[0]
         batch = some if _is_general(some) else batch
-        parameters = list(self._parameters.values())
-        totals, gradients = [], []
+        totals, numbers = [], []
         for step in (self._compute, self.step):
-            total = step(batch, weights).total
-            totals.append(total.item())
-            found = torch.autograd.grad(total, parameters, allow_unused=True)
-            given = zip(parameters, found, strict=True)
-            gradients.append([torch.zeros_like(p) if g is None else g for p, g in given])
+            result = step(batch, weights)
+            totals.append(result.total.item())
+            numbers.append(self._gradients(result) if self.learns else _values(result))
         if not math.isfinite(totals[1]):  # said elsewhere
             return ""
-        largest = max(float(g.abs().max()) for g in gradients[1])
-        off = max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
+        largest = max(float(g.abs().max()) for g in numbers[1])
+        off = max(float((a - b).abs().max()) for a, b in zip(*numbers, strict=True))
         if off <= TOLERANCE * largest and abs(totals[0] - totals[1]) <= TOLERANCE * abs(totals[1]):
             return ""
+        what = "gradients" if self.learns else "predictions"
         return (
-            f"its loss is {totals[0]:.6g} instead of {totals[1]:.6g}, its gradients are off by "
+            f"its loss is {totals[0]:.6g} instead of {totals[1]:.6g}, its {what} are off by "
             f"{off / largest:.2g} of the largest"
         )
+
+    def _gradients(self, result: StepResult) -> list[Tensor]:
+        """Of the loss by each parameter."""
+        parameters = list(self._parameters.values())
+        found = torch.autograd.grad(result.total, parameters, allow_unused=True)
+        given = zip(parameters, found, strict=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in given]
+
+
+def _values(result: StepResult) -> list[Tensor]:
+    """What is predicted; 0 for what cannot be."""
+    return [result.prediction[name].detach().nan_to_num() for name in sorted(result.prediction)]
 
 
 def _alone() -> None:
@@ -318,7 +339,7 @@ class _Layout:
         rows = zip(*(part[first:last] for part in parts), strict=True)
         predicted = {n: torch.cat(r) for n, r in zip(self.quantities, rows, strict=True)}
         gradients = parts[0][last:]
-        for part in parts[1:]:
+        for part in parts[1:] if gradients else ():
             torch._foreach_add_(gradients, part[last:])
         return numbers[0], sums, predicted, gradients
 

@@ -76,10 +76,9 @@ class PreparedDataModule(lightning.LightningDataModule):
         self._resumed: dict[str, int] | None = None
         self._splits = {name: self._split(name) for name in SPLITS}
 
-    @property
-    def pairs_in_epoch(self) -> float:
-        """About how many pairs the training split has, as its first structures tell."""
-        split = self._splits["train"]
+    def pairs_of(self, split_name: str) -> float:
+        """About how many pairs a split has, as its first structures tell."""
+        split = self._splits[split_name]
         return split.sample.n_pairs / max(split.sample.n, 1) * split.n_structures
 
     def loader(self, split: str) -> BatchLoader:

@@ -238,6 +238,7 @@ def _train(
         groupings(by, dataset.source_names),
         incomplete,
         compiled,
+        compiled and (config.compile is True or _is_worth_it(config, data, "val")),
     )
     module.say, module.name_of = terminal.say, dataset.name_of
     try:
@@ -272,8 +273,7 @@ def _compiles(config: TrainConfig, data: PreparedDataModule, terminal: Terminal)
     if config.compile is False:
         return False
     on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-    pairs = data.pairs_in_epoch * config.epochs
-    if config.compile == "auto" and (not on_cpu or pairs < WORTH_COMPILING):
+    if config.compile == "auto" and not (on_cpu and _is_worth_it(config, data, "train")):
         return False
     if config.compile == "auto" and shutil.which(os.environ.get("CXX", "g++")) is None:
         terminal.say("the step is not compiled: there is no C++ compiler (g++)")
@@ -286,6 +286,11 @@ def _compiles(config: TrainConfig, data: PreparedDataModule, terminal: Terminal)
         else "training steps are compiled, which takes a minute or two"
     )
     return True
+
+
+def _is_worth_it(config: TrainConfig, data: PreparedDataModule, split: str) -> bool:
+    """Whether compiling what a split goes through takes less time than it saves."""
+    return data.pairs_of(split) * config.epochs >= WORTH_COMPILING
 
 
 def _check_data(config: TrainConfig, loss: Loss, dataset: PreparedDataset) -> None:

@@ -23,7 +23,7 @@ from runner.optimization import Average, build_optimizer
 from runner.potentials import Potential
 
 MONITOR = "val/loss/total_loss"
-STRUCTURES_FOR_GRADIENTS = 16
+STRUCTURES_FOR_GRADIENTS = 8
 # in a checkpoint the weights to use are called "potential", those that are trained "averaged"
 AVERAGED = ("potential.", "averaged.module.")
 
@@ -40,6 +40,7 @@ class Training(lightning.LightningModule):
         groupings: Sequence[Grouping] = (),
         incomplete: Collection[str] = (),
         compile_step: bool = False,
+        compile_evaluation: bool = False,
     ) -> None:
         """Train `potential`.
 
@@ -51,6 +52,7 @@ class Training(lightning.LightningModule):
             groupings: of what validation and test errors are measured apart.
             incomplete: labels that some structure of the data lacks.
             compile_step: whether training steps are compiled.
+            compile_evaluation: whether what measures the other splits is.
         """
         super().__init__()
         self.potential, self.loss, self.config = potential, loss, config
@@ -71,6 +73,9 @@ class Training(lightning.LightningModule):
         self.compiled: CompiledStep | None = None
         if compile_step:
             self.compiled = CompiledStep(self.step, incomplete)
+        self.evaluation: CompiledStep | None = None
+        if compile_evaluation:
+            self.evaluation = CompiledStep(self.step, incomplete, learns=False)
         self.say: Callable[[str], None] = lambda _: None
         self.name_of: Callable[[str, int], str] = lambda split, number: f"{split} {number}"
         self.splits = torch.nn.ModuleDict(
@@ -95,7 +100,7 @@ class Training(lightning.LightningModule):
 
     def _step(self, batch: Batch, split: str) -> Tensor:
         weights = self._weights()
-        result = (self._training_result if split == "train" else self.measured)(batch, weights)
+        result = (self._learnt if split == "train" else self._measured)(batch, weights)
         self._stop_if_not_finite(result, batch, split)
         self._metrics(split).update(result.sums, result.prediction, batch)
         return result.total
@@ -130,19 +135,31 @@ class Training(lightning.LightningModule):
         """Those of the loss's terms now."""
         return self.loss.weights_at(self.current_epoch, float(self.global_step))
 
-    def _training_result(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+    def _learnt(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+        """A step of the weights that are trained, with gradients."""
+        return self._result(self.compiled, self.step, batch, weights)
+
+    def _measured(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+        """What the weights that are kept predict."""
+        return self._result(self.evaluation, self.measured, batch, weights)
+
+    def _result(
+        self, compiled: CompiledStep | None, step: Step, batch: Batch, weights: Mapping[str, float]
+    ) -> StepResult:
         """What the compiled step gives, where there is one and it takes such a batch."""
-        if self.compiled is None or not self.compiled.fits(batch):
-            return self.step(batch, weights)
+        if compiled is None or not compiled.fits(batch):
+            return step(batch, weights)
+        if compiled.step.potential is not step.potential:
+            compiled.use(step)
         try:
-            return self.compiled(batch, weights)
+            return compiled(batch, weights)
         except RunError as error:
             if self.config.compile is True:
                 raise
-            torch.set_num_threads(self.compiled.threads)
-            self.compiled = None
-            self.say(f"the step is no longer compiled: {error.what}")
-            return self.step(batch, weights)
+            torch.set_num_threads(compiled.threads)
+            self.compiled = self.evaluation = None
+            self.say(f"steps are no longer compiled: {error.what}")
+            return step(batch, weights)
 
     def _measure_gradients(self, batch: Batch) -> None:
         """Norm of the gradient of every term, with its weight, for some structures of a batch."""
@@ -150,7 +167,7 @@ class Training(lightning.LightningModule):
         parameters = [p for p in self.potential.parameters() if p.requires_grad]
         for term, weight in self._weights().items():
             alone = dict.fromkeys(self.loss.terms, 0.0) | {term: weight}
-            total = self._training_result(some, alone).total
+            total = self._learnt(some, alone).total
             found = torch.autograd.grad(total, parameters, allow_unused=True)
             norm = torch.nn.utils.get_total_norm([g for g in found if g is not None])
             self._gradient_norms[term] = norm
@@ -282,6 +299,26 @@ class Training(lightning.LightningModule):
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.trainer.optimizers[0]
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does it, with all parameters at once where there is one process."""
+        if self.trainer.world_size > 1:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in parameters if p.grad is not None], foreach=True
+            )
+            # where looking at a number costs nothing, it is looked at
+            if self.device.type != "cpu" or not norm <= gradient_clip_val:
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm, True)
+
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         """A step, and the average after it."""
         super().optimizer_step(*arguments, **named)
@@ -327,7 +364,10 @@ class Training(lightning.LightningModule):
             _swap(checkpoint["state_dict"], *AVERAGED)
         training = checkpoint["training"]
         self.epochs_done, self._random = training["epochs_done"], training["random"]
-        self._metrics("train").set_state(training["metrics"])
+        if "waiting" in training["metrics"]:
+            self._metrics("train").set_state(training["metrics"])
+        else:
+            self.say("the checkpoint is one of version 0.5: what was measured of its epoch is lost")
         self._gradient_norms = dict(training.get("gradient_norms", {}))
 
 

@@ -863,7 +863,10 @@ def test_a_long_training_is_compiled_and_a_failure_leaves_it_as_it_is(
     result = _run(write_experiment(tmp_path))
     output = capsys.readouterr().out
     assert "training steps are compiled, which takes" in output
-    assert output.count("no longer compiled: the training step cannot be compiled: no mem") == 1
+    assert (
+        output.count("steps are no longer compiled: the training step cannot be compiled: no mem")
+        == 1
+    )
     assert _numbers(result) == _numbers(finished[1])
     with pytest.raises(RunError, match="cannot be compiled: no memory"):
         _run(write_experiment(tmp_path), "train.compile=true")
