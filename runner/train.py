@@ -482,17 +482,21 @@ class ProgressBar(RichProgressBar):
     """Lightning's bar, with the losses of the last epoch beside it."""
 
     def get_metrics(
-        self, trainer: lightning.Trainer, _: lightning.LightningModule
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Training and validation loss, once there are some."""
-        values = trainer.callback_metrics
+        """Losses and errors of the last epoch, once there is one."""
+        del trainer
+        assert isinstance(pl_module, Training)
+        values = pl_module.latest.get("train", {}) | pl_module.latest.get("val", {})
         named = (("train loss", "train/loss/total_loss"), ("val loss", MONITOR))
         shown: dict[str, int | str | float | dict[str, float]] = {
-            name: f"{float(values[key]):.4g}" for name, key in named if key in values
+            name: f"{values[key]:.4g}" for name, key in named if key in values
         }
+        for name, key in _headline(pl_module.config):
+            if f"val/{key}" in values:
+                shown[name] = " ".join(_in_small_units(key, values[f"val/{key}"]))
         if "time/data" in values:
-            row = {name: float(values[name]) for name in ("time/data", "time/compute")}
-            shown["waiting for data"] = f"{100 * waiting_share(row):.0f} %"
+            shown["waiting for data"] = f"{100 * waiting_share(values):.0f} %"
         return shown
 
 

@@ -185,20 +185,20 @@ class Training(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Validation came before: the epoch is over, and makes one row of the logs."""
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        row = {"epoch": self.current_epoch, "lr": rate} | self._times()
+        times = self._times()
+        row = {"epoch": self.current_epoch, "lr": rate} | times
         norms = self._gradient_norms.items()
         row |= {f"train/gradient_norm/{term}": float(norm) for term, norm in norms}
         self._gradient_norms = {}
         self._write(row | self._finish("train") | self.latest["val"])
+        self.latest["train"] |= times
         self.epochs_done = self.current_epoch + 1
 
     def _times(self) -> dict[str, float]:
         """Seconds that the epoch's training waited for batches, and those that it computed."""
         waited = getattr(self.trainer.train_dataloader, "waited", 0.0)
         took = time.perf_counter() - self._started - self._validating
-        times = {"time/data": waited, "time/compute": max(took - waited, 0.0)}
-        self.log_dict(times, logger=False)
-        return times
+        return {"time/data": waited, "time/compute": max(took - waited, 0.0)}
 
     def on_validation_epoch_start(self) -> None:
         """Validation is timed apart."""
@@ -215,7 +215,7 @@ class Training(lightning.LightningModule):
         self._write(self._finish("test"))
 
     def _finish(self, split: str) -> dict[str, float]:
-        """The values of a split; Lightning's callbacks see them too, in float32."""
+        """The values of a split; what Lightning's callbacks look at they see too, in float32."""
         metrics = self._metrics(split)
         # scheduled weights as they end, so that the epochs of a validation can be compared
         weights = self.loss.weights_at(self.config.epochs - 1, math.inf)
@@ -230,7 +230,8 @@ class Training(lightning.LightningModule):
                 remedy="choose the splits so that each has what train.loss asks for",
             )
         self._refuse_non_finite(values, split)
-        self.log_dict(values, logger=False)
+        if MONITOR in values:  # each value that goes through Lightning takes a millisecond
+            self.log(MONITOR, values[MONITOR], logger=False)
         self.latest[split] = values
         return values
 
