@@ -16,7 +16,11 @@ from runner.fields import CELL, FIELDS, LABELS, PBC, POSITIONS
 from runner.neighbors import find_neighbors
 from runner.structures import Structures, ragged_rows
 
-PRECISIONS = {"32-true": torch.float32, "64-true": torch.float64}
+PRECISIONS = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.float32,  # what is not computed is kept so
+}
 SINGLE = PRECISIONS["32-true"]
 
 

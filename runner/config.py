@@ -1308,8 +1308,9 @@ class TrainConfig(Section):
     """Seed of the weights and of the order of the batches."""
     epochs: Count = 100
     """Passes over the training split, at most."""
-    precision: Literal["32-true", "64-true"] = "32-true"
-    """Floating-point numbers of the training: single or double precision."""
+    precision: Literal["32-true", "64-true", "bf16-mixed"] = "32-true"
+    """Floating-point numbers of the training: single or double precision, or matrix products in
+    bfloat16 and the rest in single, for GPUs; look at what it costs in accuracy."""
     tf32: bool = False
     """Whether matrix products of single precision may be done with TF32, on GPUs that have it."""
     compile: bool | Literal["auto"] = "auto"
@@ -1354,6 +1355,15 @@ class TrainConfig(Section):
         if "average" in given:
             raise _reject("schedule_free averages the weights by itself; take train.average out")
         return given
+
+    @model_validator(mode="after")
+    def _compiled_precision(self) -> TrainConfig:
+        if self.precision == "bf16-mixed" and self.compile is True:
+            raise _reject(
+                'train.precision = "bf16-mixed" is not compiled; take train.compile out, or set it '
+                "to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> TrainConfig:

@@ -270,7 +270,7 @@ def _compiles(config: TrainConfig, data: PreparedDataModule, terminal: Terminal)
     Decided by the size of the training and not by a clock, so that the same training always goes
     the same way.
     """
-    if config.compile is False:
+    if config.compile is False or config.precision == "bf16-mixed":
         return False
     on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     if config.compile == "auto" and not (on_cpu and _is_worth_it(config, data, "train")):
@@ -372,6 +372,8 @@ def _trainer(
     settings["devices"] = 1 if settings["devices"] == "auto" else settings["devices"]
     if settings["accelerator"] == "auto":  # Apple's GPUs have no float64, which exact means need
         settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.precision == "bf16-mixed":  # of the others the data and the potential are
+        settings["precision"] = config.precision
     interactive = sys.stderr.isatty() and terminal.console.is_terminal
     return lightning.Trainer(
         **settings,

@@ -921,3 +921,16 @@ class Angle(Term):
     def values(self, prediction: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         cosine = torch.cosine_similarity(prediction["forces"], batch.labels["forces"], eps=1e-6)
         return batch.sum_by_structure(1 - cosine) / batch.n_atoms
+
+
+def test_bfloat16_is_mixed_in_where_matrices_are_multiplied(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    with pytest.raises(ConfigError, match='"bf16-mixed" is not compiled'):
+        load_config(config_file, ["train.precision=bf16-mixed", "train.compile=true"])
+    mixed = _run(config_file, "train.precision=bf16-mixed")
+    single = _run(config_file)
+    assert {tensor.dtype for tensor in _weights(mixed["run"]).values()} >= {torch.float32}
+    assert torch.bfloat16 not in {tensor.dtype for tensor in _weights(mixed["run"]).values()}
+    for name, value in single["test"].items():
+        assert mixed["test"][name] == pytest.approx(value, rel=0.3)  # it learns as well
+        assert mixed["test"][name] != value

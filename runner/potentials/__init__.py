@@ -116,7 +116,8 @@ class Potential(nn.Module):
             strain = positions.new_zeros((batch.n_structures, 3, 3), requires_grad=stress)
             here = batch.at(positions)
             here = strained(here, strain) if stress else here
-            atomic = self.architecture(here.nearest())
+            found = self.architecture(here.nearest())
+            atomic = {name: values.to(self.dtype) for name, values in found.items()}
             charges = atomic.get("charges")
             if charges is not None and self.equalise:
                 charges = equalised(charges, batch)
