@@ -927,12 +927,16 @@ METRIC_NAMES = ("mae", "rmse", "max_error", "r2", "cosine")
 def _metric(name: object) -> object:
     if not isinstance(name, str) or not (name in METRIC_NAMES or ":" in name):
         hint = did_you_mean(str(name), METRIC_NAMES)
-        allowed = f'a metric is one of {", ".join(METRIC_NAMES)}, or "package.module:Class"'
-        raise _reject("; ".join(filter(None, [allowed, hint])))
+        allowed = f'it is one of {", ".join(METRIC_NAMES)}, or "package.module:Class"'
+        raise _reject("; ".join(filter(None, [f"found {_shown(name)}", hint, allowed])))
     return name
 
 
-MetricNames = Annotated[list[Annotated[str, BeforeValidator(_metric)]], Field(min_length=1)]
+_METRIC_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"enum": list(METRIC_NAMES)}, {"type": "string", "pattern": ":"}]
+}
+MetricName = Annotated[str, BeforeValidator(_metric), WithJsonSchema(_METRIC_SCHEMA)]
+MetricNames = Annotated[list[MetricName], Field(min_length=1)]
 
 
 class MetricsConfig(Section):
@@ -945,13 +949,21 @@ class MetricsConfig(Section):
     """Validation and test errors also apart: of the atoms of each element, and of the structures
     of each source, of similar numbers of atoms (1, 2, 3–4, 5–8, …), or of each total charge."""
     energy: MetricNames | None = None
+    """Offset-corrected; the same of the energy per atom comes with it."""
     forces: MetricNames | None = None
+    """Components of the forces on all atoms."""
     stress: MetricNames | None = None
+    """Nine components a structure."""
     total_charge: MetricNames | None = None
+    """Sums of the predicted charges."""
     dipole: MetricNames | None = None
+    """Three components a structure."""
     quadrupole: MetricNames | None = None
+    """Nine components a structure."""
     charges: MetricNames | None = None
+    """Charges of all atoms."""
     spin_multiplicity: MetricNames | None = None
+    """2S + 1 of the structures."""
 
     @model_validator(mode="after")
     def _cosines_of_vectors(self) -> MetricsConfig:

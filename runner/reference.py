@@ -31,9 +31,11 @@ from runner.config import (
     ForeignOptimizerConfig,
     LabelConfig,
     LinearConfig,
+    MetricsConfig,
     MuonConfig,
     OneCycleConfig,
     OptimizerConfig,
+    OwnLossConfig,
     PaiNNConfig,
     PiecewiseWeight,
     PlateauConfig,
@@ -84,8 +86,10 @@ TABLES: dict[str, type[BaseModel]] = {
     "`[train.potential]` with another name": ForeignConfig,
     "[train.loss.energy]": EnergyLossConfig,
     "`[train.loss.forces]` and those of other labels": AtomLossConfig,
+    "`[train.loss.own.NAME]`": OwnLossConfig,
     "A weight that changes": WeightSchedule,
     "A weight in pieces": PiecewiseWeight,
+    "[train.metrics]": MetricsConfig,
     "`[train.optimizer]` of any name": OptimizerConfig,
     "`[train.optimizer]` with the name `adamw`": AdamWConfig,
     "`[train.optimizer]` with the name `adam`": AdamConfig,
@@ -134,7 +138,7 @@ def reference() -> str:
 
 
 def _about(section: type[BaseModel]) -> str:
-    return (section.__doc__ or "").strip().replace("\n", " ")
+    return " ".join((section.__doc__ or "").split())
 
 
 def _table(section: type[BaseModel]) -> Iterator[str]:

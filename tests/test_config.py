@@ -116,7 +116,7 @@ error = "squred"
     ):
         assert f"{file}:{line}  {key}\n    {message}" in text
     assert "10 mistakes in the config" in text
-    assert "allowed: charges, dipole, energy, forces, quadrupole, stress, total_charge" in text
+    assert "allowed: charges, dipole, energy, forces, own, quadrupole, spin_multipli" in text
     assert "allowed: 'squared', 'absolute' or 'huber'" in text
 
 

@@ -17,18 +17,25 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-SHORTEST, POTENTIAL, TRAINING, BATCHES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-WITH_POTENTIAL = SHORTEST.replace('[train.potential]\nname = "painn"\n', POTENTIAL).replace(
-    "forces =", 'total_charge = { key = "total_charge" }\nforces =', 1
-)
+SHORTEST, POTENTIAL, TRAINING, LOSSES, BATCHES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+(OWN_LOSS,) = re.findall(r"```python\n(class Angle.*?)```", README, re.DOTALL)
+CHARGED = SHORTEST.replace("forces =", 'total_charge = { key = "total_charge" }\nforces =', 1)
+WITH_POTENTIAL = CHARGED.replace('[train.potential]\nname = "painn"\n', POTENTIAL)
+WITH_CHARGES = CHARGED.partition("[train.loss.energy]")[0]
 
 
 @pytest.mark.parametrize(
     "text",
-    [SHORTEST + BATCHES, WITH_POTENTIAL + TRAINING],
-    ids=["short with batches", "potential with training"],
+    [SHORTEST + BATCHES, WITH_POTENTIAL + TRAINING, WITH_CHARGES + LOSSES],
+    ids=["short with batches", "potential with training", "losses and metrics"],
 )
-def test_the_configs_that_are_shown_prepare_and_train(tmp_path: Path, text: str) -> None:
+def test_the_configs_that_are_shown_prepare_and_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    own = f"import torch\nimport runner.losses\n\n{OWN_LOSS}"
+    (tmp_path / "my_losses.py").write_text(own)
+    text = text.replace("noisy.xyz", "small-molecules.extxyz")
     assert text.count("[train.potential]") == 1
     config_file = tmp_path / "experiments" / "short" / "config.toml"
     config_file.parent.mkdir(parents=True)
