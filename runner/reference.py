@@ -31,6 +31,8 @@ from runner.config import (
     ForeignOptimizerConfig,
     LabelConfig,
     LinearConfig,
+    LoggerConfig,
+    MLflowConfig,
     MuonConfig,
     OneCycleConfig,
     OptimizerConfig,
@@ -53,6 +55,7 @@ from runner.config import (
     TensorNetConfig,
     TrainConfig,
     TrainerConfig,
+    WandbConfig,
     WeightSchedule,
     WeightsConfig,
     ZBLConfig,
@@ -106,6 +109,9 @@ TABLES: dict[str, type[BaseModel]] = {
     "[[train.stage]]": StageConfig,
     "[train.checkpoints]": CheckpointsConfig,
     "[train.early_stopping]": EarlyStoppingConfig,
+    "[train.logger]": LoggerConfig,
+    "[train.logger.wandb]": WandbConfig,
+    "[train.logger.mlflow]": MLflowConfig,
     "[train.trainer]": TrainerConfig,
 }
 """Headings of the reference and the class that each tells of."""
