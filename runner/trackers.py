@@ -127,7 +127,7 @@ class Wandb(WandbLogger):
         for row in rows if not self.experiment.resumed else ():
             self.log_metrics(*_without_step(row))
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Row, step: int | None = None) -> None:
         """Add a row, at once."""
         if "epoch" not in metrics:
             self.experiment.summary.update(dict(metrics))
@@ -220,7 +220,7 @@ class MLflow(MLFlowLogger):
         for row in rows if not self.known else ():
             self.log_metrics(*_without_step(row))
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Row, step: int | None = None) -> None:
         """Add a row; a server that is gone does not end a training."""
         from mlflow.exceptions import MlflowException
 
