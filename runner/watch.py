@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import plotille
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -244,7 +244,9 @@ class Curves:
 
     progress: Progress
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
         """A line on the run, the panels, and what the colours are."""
         width, height = options.max_width, max(console.height - 4, PANEL[1])
         shown = quantities(self.progress)
