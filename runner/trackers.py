@@ -99,12 +99,13 @@ class Wandb(WandbLogger):
             project=config.project or os.environ.get("WANDB_PROJECT", PROJECT),
             entity=config.entity,
             name=config.name or run.path.name,
-            group=config.group or run.path.parent.parent.name,
+            group=config.group or run.path.resolve().parent.parent.name,
             tags=config.tags or None,
             mode=config.mode,
             save_dir=run.path,
             id=_known(run, "wandb").get("id"),
         )
+        logger._wandb_init.pop("anonymous", None)  # Lightning gives it, W&B warns of it
         try:
             identity = logger.experiment.id
         except wandb.errors.Error as error:
@@ -165,7 +166,7 @@ class MLflow(MLFlowLogger):
 
         for name in ("alembic", "mlflow.store"):  # what they say of a new database
             logging.getLogger(name).setLevel(logging.WARNING)
-        runs = run.path.parent
+        runs = run.path.resolve().parent
         uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         experiment = config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         logger = cls(

@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def _stopped(patch: pytest.MonkeyPatch, config_file: Path, how: str, *settings: 
     return (config_file.parent / "runs" / "latest").resolve()
 
 
+def _whole(run: Path, folder: str) -> tuple[dict[int, dict[str, Any]], dict[str, Any], int]:
+    """What is written once W&B's own process has closed the file, a moment after a run ends."""
+    for _ in range(100):
+        found = _written(run, folder)
+        if found[-1] != -1:
+            break
+        time.sleep(0.1)
+    return found
+
+
 def _written(run: Path, folder: str) -> tuple[dict[int, dict[str, Any]], dict[str, Any], int]:
     """Rows by step, the rest of the summary, and the exit code of an offline run of W&B."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -125,7 +136,7 @@ def test_wandb_has_all_epochs_of_a_resumed_run_in_one(
     config_file = write_experiment(tmp_path)
     run = _stopped(monkeypatch, config_file, "interrupted", WANDB)
     (first,) = (path.name for path in (run / "wandb").glob("offline-run-*"))
-    rows, _, code = _written(run, first)
+    rows, _, code = _whole(run, first)
     assert (sorted(rows), code) == ([6], 255)
     identity = json.loads((run / "manifest.json").read_text())["loggers"]["wandb"]["id"]
     assert first.endswith(identity)
@@ -133,7 +144,7 @@ def test_wandb_has_all_epochs_of_a_resumed_run_in_one(
     last = max(path.name for path in (run / "wandb").glob("offline-run-*"))
     assert last != first
     assert last.endswith(identity)
-    rows, summary, code = _written(run, last)
+    rows, summary, code = _whole(run, last)
     assert code == 0
     expected = read_rows(run / "metrics.csv")
     assert sorted(rows) == [6, 12, 18]
@@ -153,7 +164,9 @@ def test_mlflow_has_all_epochs_of_a_resumed_run_in_one(
     from mlflow.tracking import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config_file = write_experiment(tmp_path)
+    write_experiment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config_file = Path("config.toml")
     run = _stopped(monkeypatch, config_file, "interrupted", MLFLOW)
     assert "MLFLOW_TRACKING_URI" not in os.environ
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
