@@ -99,7 +99,7 @@ class RunDirectory:
 
     def resumed(self, config: Config, epochs_done: int, changed: Mapping[str, Any]) -> None:
         """Note that the run goes on, with a config that may differ."""
-        (self.path / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+        self._write("config.toml", resolved_toml(config))
         at = datetime.now(UTC).astimezone().isoformat(timespec="seconds")
         entry = {"at": at, "epochs_done": epochs_done, "changed": dict(changed)}
         self.note(status="running", resumed=[*self._manifest.get("resumed", []), entry])
@@ -137,8 +137,11 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
+        self._write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
         aside = self.path / f".{name}.part"
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
         aside.replace(self.path / name)
 
 

@@ -138,6 +138,13 @@ def _require_reproducible(run: Path, manifest: Mapping[str, Any], config: TrainC
             where=str(run / "manifest.json"),
             remedy="wait for it" if now == "running" else f"finish it: {resume_command(run)}",
         )
+    if len(manifest.get("compiled", [])) > 1:
+        raise RunError(
+            "some epochs of the run were compiled and others were not, which differ by rounding: "
+            "no training in one go is equal to it",
+            where=str(run / "manifest.json"),
+            remedy=f"train it anew in one go: runner train {run}",
+        )
     for entry in manifest.get("resumed", []):
         for key, (then, later) in entry["changed"].items():
             if key.startswith(HARMLESS):

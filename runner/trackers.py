@@ -214,33 +214,36 @@ class MLflow(MLFlowLogger):
         A parameter of MLflow cannot change: a setting that has changed is a tag too.
         """
         shown = {key: str(value)[:250] for key, value in _flat(settings)}
-        before = self.experiment.get_run(self.run_id).data.params
-        self.log_hyperparams({key: value for key, value in shown.items() if key not in before})
-        for key in (key for key in before if shown.get(key, before[key]) != before[key]):
-            self.experiment.set_tag(self.run_id, key, shown[key])
+        with self._unharmed("MLflow has not got the config"):
+            before = self.experiment.get_run(self.run_id).data.params
+            self.log_hyperparams({key: value for key, value in shown.items() if key not in before})
+            for key in (key for key in before if shown.get(key, before[key]) != before[key]):
+                self.experiment.set_tag(self.run_id, key, shown[key])
         for row in rows if not self.known else ():
             self.log_metrics(*_without_step(row))
 
     def log_metrics(self, metrics: Row, step: int | None = None) -> None:
-        """Add a row; a server that is gone does not end a training."""
-        from mlflow.exceptions import MlflowException
-
-        try:
+        """Add a row."""
+        with self._unharmed("MLflow has not got a row, which metrics.csv has"):
             super().log_metrics(metrics, step)
-        except MlflowException as error:
-            self.say(f"warning: MLflow has not got a row, which metrics.csv has: {error}")
 
     def finalize(self, status: str = "success") -> None:
         """Nothing: Lightning ends here after the fit, and after the test."""
 
     def end(self, status: str) -> None:
         """Say how the run ended."""
+        with self._unharmed(f"MLflow was not told how the run ended: {status}"):
+            self.experiment.set_terminated(self.run_id, self.STATES[status])
+
+    @contextlib.contextmanager
+    def _unharmed(self, what: str) -> Iterator[None]:
+        """A server that is gone does not end a training."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self.experiment.set_terminated(self.run_id, self.STATES[status])
+            yield
         except MlflowException as error:
-            self.say(f"warning: MLflow was not told that the run has {status}: {error}")
+            self.say(f"warning: {what}: {error}")
 
 
 def _known(run: RunDirectory, name: str) -> dict[str, Any]:

@@ -244,6 +244,7 @@ def _train(
     terminal.say(f"potential {config.potential.name}, {weights} weights")
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
     compiled = _compiles(config, data, terminal)
+    run.note(compiled=sorted({*run.manifest.get("compiled", []), compiled}))
     module = Training(potential, config, passport(config, dataset), incomplete, compiled)
     module.say, module.name_of = terminal.say, dataset.name_of
     try:

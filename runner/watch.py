@@ -284,6 +284,11 @@ def _panel(progress: Progress, quantity: Quantity, size: tuple[int, int]) -> Gro
     return Group(*lines)
 
 
+def _tick(value: float) -> str:
+    """A number of ten characters; 1350 rather than 1.35e+03."""
+    return f"{value:>10.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:>10.3g}"
+
+
 def _picture(progress: Progress, quantity: Quantity, size: tuple[int, int]) -> Text:
     """Curves of training and validation; logarithmic, where all values are above zero."""
     curves = {split: progress.curve(f"{split}/{quantity.key}") for split in COLOURS}
@@ -295,7 +300,7 @@ def _picture(progress: Progress, quantity: Quantity, size: tuple[int, int]) -> T
     figure.set_x_limits(1, max(2, len(progress.rows)))
     figure.x_label = figure.y_label = ""
     figure.x_ticks_fkt = lambda low, _: f"{low:.0f}"
-    figure.y_ticks_fkt = lambda low, _: f"{10**low if logarithmic else low:>10.3g}"
+    figure.y_ticks_fkt = lambda low, _: _tick(10**low if logarithmic else low)
     for split, (epochs, column) in curves.items():
         scaled = [quantity.factor * value for value in column]
         shown = [math.log10(value) for value in scaled] if logarithmic else scaled

@@ -209,6 +209,13 @@ def test_a_run_that_has_not_ended_is_refused(run: Path) -> None:
         _reproduced(run)
 
 
+def test_a_run_that_was_compiled_in_part_is_refused(run: Path) -> None:
+    assert json.loads((run / "manifest.json").read_text())["compiled"] == [False]
+    _noted(run, compiled=[False, True])
+    with pytest.raises(RunError, match="some epochs of the run were compiled and others were not"):
+        _reproduced(run)
+
+
 def test_a_run_that_went_on_with_more_epochs_is_reproduced_in_one_go(run: Path) -> None:
     config_file = run.parent.parent / "config.toml"
     _train(config_file, "train.epochs=3", "train.data.residence='stream'", resume=run)

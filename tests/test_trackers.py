@@ -213,6 +213,27 @@ def test_a_logger_that_does_not_know_the_run_gets_the_epochs_that_are_done(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_server_that_goes_away_does_not_end_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    def gone(*_: object, **__: object) -> None:
+        raise MlflowException("no answer")
+
+    for name in ("log_batch", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, gone)
+    run = _train(write_experiment(tmp_path), MLFLOW, "train.epochs=1")
+    said = capsys.readouterr().out
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+    assert "warning: MLflow has not got the config: no answer" in said
+    assert "warning: MLflow has not got a row, which metrics.csv has: no answer" in said
+    assert "warning: MLflow was not told how the run ended: finished: no answer" in said
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_server_that_is_not_there_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
