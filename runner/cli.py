@@ -32,6 +32,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the config; repeatable."),
 ]
+Run = Annotated[
+    Path, typer.Argument(help="Run directory, or an experiment, whose latest run is meant.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 DataDir = Annotated[
     Path | None,
@@ -105,6 +108,38 @@ def run(
     prepared = first.prepare(config, folder, terminal)
     trained = second(config, path, folder, terminal, command=sys.argv)
     _print_json({"prepare": prepared, "train": trained}, as_json)
+
+
+@app.command(short_help="Show the learning curves of a run, also while it is trained.")
+def watch(
+    run: Run,
+    once: Annotated[
+        bool, typer.Option("--once", help="Show what there is, and do not wait for more.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the latest values as one JSON object instead.")
+    ] = False,
+) -> None:
+    """Show the learning curves of a run until it ends; without a terminal, a line an epoch."""
+    from runner import watch as verb
+    from runner.terminal import Terminal
+
+    if as_json:
+        _print_json(verb.latest(run), wanted=True)
+    else:
+        verb.watch(run, Terminal(), once=once)
+
+
+@app.command(short_help="Train a run again, and compare.")
+def reproduce(run: Run, data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Prepare and train again what a run was made from, and say whether it is identical."""
+    from runner import reproduce as verb
+    from runner.runs import find_run
+    from runner.terminal import Terminal
+
+    result = verb.reproduce(find_run(run), data_dir, Terminal(stderr=as_json), sys.argv)
+    _print_json(result, as_json)
+    verb.require_identical(result)
 
 
 @app.command(name="check-potential", short_help="Try whether a potential obeys physics.")

@@ -1288,6 +1288,48 @@ class CheckpointsConfig(Section):
     it is also written after every epoch, and when the run is asked to stop."""
 
 
+class WandbConfig(Section):
+    """`[train.logger.wandb]`: Weights & Biases too (`pip install 'nnp-runner[wandb]'`)."""
+
+    project: str | None = None
+    """Project there; `WANDB_PROJECT`, or else nnp-runner, unless given."""
+    entity: str | None = None
+    """User or team; `WANDB_ENTITY`, or else your own, unless given."""
+    name: str | None = None
+    """What the run is called; as its run directory, unless given."""
+    group: str | None = None
+    """What it is shown with; the runs of its experiment, unless given."""
+    tags: list[str] = []
+    """Words to find it by."""
+    mode: Literal["online", "offline"] | None = None
+    """`"offline"`: into the run directory alone, for `wandb sync`; `WANDB_MODE`, or else online,
+    unless given."""
+
+
+class MLflowConfig(Section):
+    """`[train.logger.mlflow]`: MLflow too (`pip install 'nnp-runner[mlflow]'`)."""
+
+    tracking_uri: str | None = None
+    """Where it is kept, such as `"http://host:5000"`; `MLFLOW_TRACKING_URI`, or else a database
+    beside the runs, `runs/mlflow.db`, unless given."""
+    experiment: str | None = None
+    """Experiment there; `MLFLOW_EXPERIMENT_NAME`, or else as the folder of the experiment, unless
+    given."""
+    name: str | None = None
+    """What the run is called; as its run directory, unless given."""
+    tags: dict[str, str] = {}
+    """Names and values to find it by."""
+
+
+class LoggerConfig(Section):
+    """`[train.logger]`: where a training is logged besides `metrics.csv` and TensorBoard."""
+
+    wandb: WandbConfig | None = None
+    """Weights & Biases, if the table is there; it may be empty."""
+    mlflow: MLflowConfig | None = None
+    """MLflow, if the table is there; it may be empty."""
+
+
 def _devices(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | str | list):
         raise _reject(f'found {_shown(value)}; it is a number, a list of numbers, or "auto"')
@@ -1348,6 +1390,7 @@ class TrainConfig(Section):
     early_stopping: EarlyStoppingConfig | None = None
     """All epochs are trained, unless given."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    logger: LoggerConfig = LoggerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
     @model_validator(mode="before")

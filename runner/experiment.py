@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 
 from runner.config import Config, load_config, resolved_toml
 from runner.errors import RunError
+from runner.runs import LOCK, MOMENT, read_manifest, read_rows
 
 VERSIONS = ("nnp-runner", "torch", "lightning", "torchmetrics", "numpy", "zarr", "scikit-learn")
 
@@ -33,28 +34,36 @@ class RunDirectory:
         self._manifest = dict(manifest)
 
     @classmethod
-    def create(cls, experiment: Path, config: Config, manifest: Mapping[str, Any]) -> RunDirectory:
+    def create(
+        cls,
+        experiment: Path,
+        config: Config,
+        manifest: Mapping[str, Any],
+        reproduces: Path | None = None,
+    ) -> RunDirectory:
         """Make a new one.
 
         Args:
             experiment: the directory that the config is in.
             config: is written, resolved, as `config.toml`.
             manifest: of the data; versions, hardware and times are added.
+            reproduces: the run that it is to equal, beside which it lies; `latest` does not move.
         """
         started = datetime.now(UTC).astimezone()
-        path = _new_directory(experiment / "runs", started.strftime("%Y-%m-%d_%H-%M-%S"))
+        runs = experiment / "runs" if reproduces is None else reproduces.parent
+        path = _new_directory(runs, started.strftime("%Y-%m-%d_%H-%M-%S"))
         (path / "checkpoints").mkdir()
         (path / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
         run = cls(path, manifest)
         run.note(
             started=started.isoformat(timespec="seconds"),
             status="running",
-            versions={name: version(name) for name in VERSIONS}
-            | {"python": platform.python_version()},
-            hardware=_hardware(),
-            git_commit=_git_commit(experiment),
+            **surroundings(experiment),
         )
-        _point_to(path.parent / "latest", path)
+        if reproduces is None:
+            _point_to(path.parent / "latest", path)
+        else:
+            run.note(reproduces=str(reproduces))
         return run
 
     @classmethod
@@ -77,7 +86,7 @@ class RunDirectory:
                 where=str(path / "checkpoints" / "last.ckpt"),
                 remedy="train anew, without --resume",
             )
-        return cls(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+        return cls(path, read_manifest(path))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -90,7 +99,7 @@ class RunDirectory:
 
     def resumed(self, config: Config, epochs_done: int, changed: Mapping[str, Any]) -> None:
         """Note that the run goes on, with a config that may differ."""
-        (self.path / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+        self._write("config.toml", resolved_toml(config))
         at = datetime.now(UTC).astimezone().isoformat(timespec="seconds")
         entry = {"at": at, "epochs_done": epochs_done, "changed": dict(changed)}
         self.note(status="running", resumed=[*self._manifest.get("resumed", []), entry])
@@ -102,7 +111,7 @@ class RunDirectory:
         Raises:
             RunError: another one does.
         """
-        lock = FileLock(self.path / ".lock", blocking=False)
+        lock = FileLock(self.path / LOCK, timeout=MOMENT)  # `runner watch` holds it to see it
         try:
             lock.acquire()
         except Timeout:
@@ -128,8 +137,11 @@ class RunDirectory:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
+        self._write(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
         aside = self.path / f".{name}.part"
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
         aside.replace(self.path / name)
 
 
@@ -172,12 +184,14 @@ class MetricsFile(Logger):
         aside.replace(self.path)
 
 
-def read_rows(metrics: Path) -> list[dict[str, str]]:
-    """The rows of `metrics.csv`."""
-    if not metrics.is_file():
-        return []
-    with metrics.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def surroundings(experiment: Path) -> dict[str, Any]:
+    """What numbers may depend on besides config and data: versions, hardware, the git commit."""
+    return {
+        "versions": {name: version(name) for name in VERSIONS}
+        | {"python": platform.python_version()},
+        "hardware": _hardware(),
+        "git_commit": _git_commit(experiment),
+    }
 
 
 def _new_directory(parent: Path, name: str) -> Path:

@@ -31,7 +31,9 @@ from runner.config import (
     ForeignOptimizerConfig,
     LabelConfig,
     LinearConfig,
+    LoggerConfig,
     MetricsConfig,
+    MLflowConfig,
     MuonConfig,
     OneCycleConfig,
     OptimizerConfig,
@@ -55,6 +57,7 @@ from runner.config import (
     TensorNetConfig,
     TrainConfig,
     TrainerConfig,
+    WandbConfig,
     WeightSchedule,
     WeightsConfig,
     ZBLConfig,
@@ -110,6 +113,9 @@ TABLES: dict[str, type[BaseModel]] = {
     "[[train.stage]]": StageConfig,
     "[train.checkpoints]": CheckpointsConfig,
     "[train.early_stopping]": EarlyStoppingConfig,
+    "[train.logger]": LoggerConfig,
+    "[train.logger.wandb]": WandbConfig,
+    "[train.logger.mlflow]": MLflowConfig,
     "[train.trainer]": TrainerConfig,
 }
 """Headings of the reference and the class that each tells of."""

@@ -32,15 +32,17 @@ from runner.checkpoints import LAST, Interruptions, WholeFiles, checkpoints
 from runner.config import BatchConfig, Config, DataConfig, TrainConfig, differences
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError, RunError
-from runner.experiment import MetricsFile, RunDirectory, read_rows
+from runner.experiment import MetricsFile, RunDirectory
 from runner.fields import LABELS
 from runner.losses import Loss
 from runner.metrics import groupings, has_unit, labelled_components, quantity_of
 from runner.potentials import build_potential
 from runner.predictor import Predictor, passport
 from runner.prepare import default_data_dir, find_prepared
+from runner.runs import read_rows
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
+from runner.trackers import require_installed, trackers
 from runner.training import MONITOR, Training
 
 WORTH_COMPILING = 3e6  # pairs that a training computes; some 1e6 pay for the compiling
@@ -53,6 +55,7 @@ def train(
     terminal: Terminal,
     command: Sequence[str],
     resume: Path | None = None,
+    reproduces: Path | None = None,
 ) -> dict[str, Any]:
     """Train the potential of an experiment on its prepared dataset.
 
@@ -63,6 +66,7 @@ def train(
         terminal: to say on what is done.
         command: that was given.
         resume: a run that goes on where it stopped, instead of a new one.
+        reproduces: a run that the new one is to equal.
 
     Returns:
         What `runner train --json` prints.
@@ -73,24 +77,28 @@ def train(
     loss = Loss(settings.loss, settings.stage, dataset.source_names)
     _check_data(settings, loss, dataset)
     if resume is None:
-        run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
+        manifest = _manifest(settings, dataset, command)
+        run = RunDirectory.create(config_file.parent, config, manifest, reproduces)
     else:
         run = RunDirectory.open(resume)
     with run.locked(), terminal.log_to(run.path / "log.txt"), _terminable():
         terminal.say(f"run {run.path}", f"dataset {dataset.path}")
         done = None if resume is None else _resume(run, config, dataset, terminal)
+        tables = config.model_dump(mode="json", exclude_none=True)
+        rows = _numbers(run.path / "metrics.csv", done or 0)
         try:
-            result = _train(settings, loss, dataset, run, terminal, done)
+            with trackers(settings.logger, tables, run, rows, terminal.say) as loggers:
+                result = _train(settings, loss, dataset, run, terminal, done, loggers)
         except KeyboardInterrupt:
             run.finish("interrupted")
-            saved = any((run.path / "checkpoints").iterdir())
+            saved = reproduces is None and any((run.path / "checkpoints").iterdir())
             kept = f"; to go on: {_resume_command(config_file, data_dir, run)}" if saved else ""
             terminal.say(f"stopped early{kept}")
             raise
         except BaseException:
             run.finish("failed")
             raise
-    run.finish("finished")
+        run.finish("finished")
     return result | {"seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -99,6 +107,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.checkpoints",
     "train.early_stopping",
+    "train.logger",
     "train.data.residence",
     "train.data.workers",
     "train.trainer.accelerator",
@@ -146,6 +155,14 @@ def _resume(run: RunDirectory, config: Config, dataset: PreparedDataset, termina
     return done
 
 
+def _numbers(metrics: Path, n: int) -> list[dict[str, float | int]]:
+    """The first `n` rows of `metrics.csv`."""
+    return [
+        {name: int(v) if name in ("epoch", "step") else float(v) for name, v in row.items() if v}
+        for row in read_rows(metrics)[:n]
+    ]
+
+
 def _batches_done(checkpoint: Mapping[str, Any]) -> int:
     """Of the epoch in which a checkpoint was written."""
     return int(checkpoint[PreparedDataModule.__qualname__]["batches"])
@@ -182,7 +199,7 @@ def require_train(config: Config, config_file: Path) -> TrainConfig:
     """The `[train]` table of a config.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it asks for a logger that is not installed.
     """
     if config.train is None:
         raise ConfigError(
@@ -190,6 +207,7 @@ def require_train(config: Config, config_file: Path) -> TrainConfig:
             where=str(config_file),
             remedy="add [train.potential] and [train.loss.energy], see the README",
         )
+    require_installed(config.train.logger)
     return config.train
 
 
@@ -200,6 +218,7 @@ def _train(
     run: RunDirectory,
     terminal: Terminal,
     done: int | None,
+    loggers: Sequence[Logger],
 ) -> dict[str, Any]:
     """Fit, or go on after so many epochs; test from the best checkpoint, write what came out."""
     lightning.seed_everything(config.seed, verbose=False)
@@ -229,6 +248,7 @@ def _train(
     terminal.say(f"potential {config.potential.name}, {weights} weights")
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
     compiled = _compiles(config, data, terminal)
+    run.note(compiled=sorted({*run.manifest.get("compiled", []), compiled}))
     by = [] if config.metrics is None else config.metrics.by
     module = Training(
         potential,
@@ -242,7 +262,7 @@ def _train(
     )
     module.say, module.name_of = terminal.say, dataset.name_of
     try:
-        trainer = _trainer(config, run, terminal, done or 0)
+        trainer = _trainer(config, run, terminal, done or 0, loggers)
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(
             f"Lightning refuses the trainer: {error}",
@@ -363,7 +383,11 @@ def _prepare_command(config_file: Path, data_dir: Path) -> str:
 
 
 def _trainer(
-    config: TrainConfig, run: RunDirectory, terminal: Terminal, done: int
+    config: TrainConfig,
+    run: RunDirectory,
+    terminal: Terminal,
+    done: int,
+    loggers: Sequence[Logger],
 ) -> lightning.Trainer:
     """Lightning's trainer for a run of which so many epochs are done."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # what it says at every start
@@ -391,6 +415,7 @@ def _trainer(
             MetricsFile(run.path / "metrics.csv", done),
             TensorBoardLogger(run.path, name="", version=""),
             EpochLines(terminal, config, to_file=interactive),
+            *loggers,
         ],
         callbacks=[
             *([ProgressBar(console_kwargs={"stderr": True})] if interactive else []),

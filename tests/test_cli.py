@@ -24,7 +24,7 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return code if isinstance(code, int) else 0
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["run"]])
+@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["run"], ["watch"], ["reproduce"]])
 def test_help_answers_without_torch(command: list[str]) -> None:
     script = (
         "import sys\nfrom runner.cli import main\n"
@@ -39,7 +39,9 @@ def test_help_answers_without_torch(command: list[str]) -> None:
     )
     assert "Usage: runner" in done.stdout
     assert "imported: []" in done.stdout
-    for word in ["--set", "--json", "--data-dir"] if command else ["prepare", "train", "run"]:
+    words = {"watch": ["--once", "--json"], "reproduce": ["--data-dir", "--json"]}
+    usual = ["--set", "--json", "--data-dir"] if command else ["prepare", "train", "run", *words]
+    for word in words.get("".join(command), usual):
         assert word in done.stdout
 
 
