@@ -10,6 +10,7 @@ import pytest
 
 from runner.config import load_config
 from runner.prepare import prepare
+from runner.reference import TABLES
 from runner.terminal import Terminal
 from runner.train import train
 
@@ -68,3 +69,47 @@ def test_each_set_up_command_makes_its_own_environment(heading: str) -> None:
 
 def test_no_placeholder_is_left_in_the_readme() -> None:
     assert not re.findall(r"@[A-Z]+@", README)
+
+
+EVERY = ROOT / "experiments" / "every_option" / "config.toml"
+
+
+def test_every_option_of_a_training_stands_in_one_experiment() -> None:
+    text = EVERY.read_text()
+    for heading, section in TABLES.items():
+        if "[train" in heading or heading.startswith("A weight"):
+            for key in section.model_fields:
+                assert re.search(rf"\b{key}\b( =|[].])", text), f"{key} of {heading}"
+
+
+def test_what_is_commented_out_there_is_right_too(tmp_path: Path) -> None:
+    table, found = "", 0
+    text = EVERY.read_text().replace("../../data", str(ROOT / "data"))
+    for line in text.splitlines():
+        table = line[1:-1] if re.fullmatch(r"\[[\w.]+\]", line) else table
+        if line.startswith("# or name"):
+            others, other = text, f"{table}={{{line.removeprefix('# or ')}}}"
+            if "schedule_free" in line:
+                others = re.sub(r"(?m)^\[train.(schedule|average)\]\n(.+\n)+", "", text)
+            (tmp_path / "config.toml").write_text(others)
+            config = load_config(tmp_path / "config.toml", [other])
+            assert config.train is not None
+            found += 1
+    assert found == 12
+    (tmp_path / "config.toml").write_text(re.sub(r"(?m)^# (wandb|mlflow) =", r"\1 =", text))
+    config = load_config(tmp_path / "config.toml")
+    assert config.train is not None
+    assert config.train.logger.mlflow is not None
+
+
+def test_every_option_at_once_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    (tmp_path / "every").mkdir()
+    config_file = tmp_path / "every" / "config.toml"
+    config_file.write_text(EVERY.read_text().replace("../../data", str(ROOT / "data")))
+    small = ("epochs=2", "stage=[]", "data.train_size=64", "potential.features=8", "compile=false")
+    config = load_config(config_file, [f"train.{setting}" for setting in small])
+    prepare(config, tmp_path / "prepared", Terminal())
+    result = train(config, config_file, tmp_path / "prepared", Terminal(), [])
+    assert 0 <= result["test"]["forces_Within"] <= 1
+    assert {"forces_mae_by_element/H", "charges_PearsonCorrCoef"} <= set(result["test"])
