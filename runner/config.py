@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
+import string
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -242,7 +244,8 @@ class SourceConfig(Section):
     """One set of files that share their keys and units."""
 
     path: str | list[str]
-    """A file, a list of files, or a glob; relative to the file this stands in."""
+    """A file, a list of files, or a glob; relative to the file this stands in. `$NAME` is an
+    environment variable."""
     format: (
         Literal["extxyz", "ase_db", "ase", "hdf5", "npz", "deepmd", "aselmdb", "prepared"] | None
     ) = None
@@ -1629,20 +1632,43 @@ def _origin(extended_by: tuple[Path, ...]) -> str:
 
 
 def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
-    """Paths are relative to the file they stand in."""
+    """Paths are relative to the file they stand in; `$NAME` is an environment variable."""
+
+    def here(path: str) -> str:
+        return str(folder / _with_variables(path, folder))
+
     prepare = tables.get("prepare")
     sources = prepare.get("source") if isinstance(prepare, dict) else None
     for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = str(folder / source["path"])
+            source["path"] = here(source["path"])
         elif isinstance(source, dict) and isinstance(source.get("path"), list):
-            source["path"] = [str(folder / p) if isinstance(p, str) else p for p in source["path"]]
+            source["path"] = [here(p) if isinstance(p, str) else p for p in source["path"]]
     split = prepare.get("split") if isinstance(prepare, dict) else None
     if isinstance(split, dict) and isinstance(split.get("file"), str):
-        split["file"] = str(folder / split["file"])
+        split["file"] = here(split["file"])
     elif isinstance(split, dict) and isinstance(split.get("file"), dict):
         named = split["file"].items()
-        split["file"] = {k: str(folder / v) if isinstance(v, str) else v for k, v in named}
+        split["file"] = {k: here(v) if isinstance(v, str) else v for k, v in named}
+
+
+def _with_variables(path: str, folder: Path) -> str:
+    """A path with the values of the environment variables that it names.
+
+    Raises:
+        ConfigError: one is not set.
+    """
+    try:
+        return string.Template(path).substitute(os.environ)
+    except KeyError as error:
+        name = error.args[0]
+        raise ConfigError(
+            f"the path {path} needs the environment variable {name}, which is not set",
+            where=f"the config in {folder}",
+            remedy=f"export {name}=/where/the/data/is",
+        ) from None
+    except ValueError:  # a dollar that begins no name
+        return path
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,19 @@ def test_a_good_config_is_read_with_its_units_and_defaults(tmp_path: Path) -> No
     assert config.train.batch.structures == 32
 
 
+def test_a_path_may_name_environment_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = GOOD.replace('"a.extxyz"', '"$NNP_DATA/${NNP_KIND}/a$.extxyz"')
+    monkeypatch.setenv("NNP_KIND", "small")
+    assert "needs the environment variable NNP_DATA, which is not set" in _mistakes(tmp_path, text)
+    monkeypatch.setenv("NNP_DATA", "/data")
+    text = text.replace("a$.extxyz", "a.extxyz")
+    assert _load(tmp_path, text).prepare.source[0].path == "/data/small/a.extxyz"
+    text = GOOD.replace('"a.extxyz"', '"a$.extxyz"')
+    assert _load(tmp_path, text).prepare.source[0].path == str(tmp_path / "a$.extxyz")
+
+
 def test_the_resolved_config_is_the_same_config(tmp_path: Path) -> None:
     config = _load(tmp_path, GOOD)
     other = tmp_path / "elsewhere"
