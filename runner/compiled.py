@@ -236,7 +236,7 @@ class CompiledStep:
 
         Of a large batch some parts are compared, so that the eager step needs little memory.
         """
-        some = batch.parts(-(-batch.half_pairs.shape[1] // (4 * PAIRS_IN_PART)), GENERAL_FROM)[0]
+        some = batch.parts(-(-batch.half_pairs.shape[1] // (2 * PAIRS_IN_PART)), GENERAL_FROM)[0]
         batch = some if _is_general(some) else batch
         totals, numbers = [], []
         for step in (self._compute, self.step):
