@@ -523,6 +523,7 @@ class ProgressBar(RichProgressBar):
             if f"val/{key}" in values:
                 shown[name] = " ".join(_in_small_units(key, values[f"val/{key}"]))
         if "time/data" in values:
+            shown["structures/s"] = f"{values['time/structures_per_s']:,.0f}"
             shown["waiting for data"] = f"{100 * waiting_share(values):.0f} %"
         return shown
 
@@ -558,6 +559,7 @@ class EpochLines(Logger):
             f"epoch {metrics['epoch'] + 1}/{self.config.epochs}  "
             f"loss {metrics['train/loss/total_loss']:.4g} / {metrics[MONITOR]:.4g}  "
             f"{'  '.join(errors)}  lr {metrics['lr']:.2g}  {now - self._last:.1f} s"
+            f", {metrics['time/structures_per_s']:,.0f} structures/s"
             f", {100 * waiting_share(metrics):.0f} % waiting for data"
         )
         self._last = now

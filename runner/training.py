@@ -66,7 +66,7 @@ class Training(lightning.LightningModule):
         self.averaged = None if self.average is None else self.average.model
         measured = config.measured
         self._started = self._validation_started = time.perf_counter()
-        self._validating = 0.0
+        self._validating, self._trained = 0.0, 0
         needed = {*measured, *loss.quantities}
         self.derivatives = {name: name in needed for name in ("forces", "stress")}
         self.step = Step(potential, self.loss, self.derivatives)
@@ -180,7 +180,7 @@ class Training(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Start the clock."""
         self._switch("train")
-        self._started, self._validating = time.perf_counter(), 0.0
+        self._started, self._validating, self._trained = time.perf_counter(), 0.0, 0
 
     def on_train_epoch_end(self) -> None:
         """Validation came before: the epoch is over, and makes one row of the logs."""
@@ -195,10 +195,14 @@ class Training(lightning.LightningModule):
         self.epochs_done = self.current_epoch + 1
 
     def _times(self) -> dict[str, float]:
-        """Seconds that the epoch's training waited for batches, and those that it computed."""
+        """Seconds that training waited for batches, and computed; structures a second."""
         waited = getattr(self.trainer.train_dataloader, "waited", 0.0)
         took = time.perf_counter() - self._started - self._validating
-        return {"time/data": waited, "time/compute": max(took - waited, 0.0)}
+        return {
+            "time/data": waited,
+            "time/compute": max(took - waited, 0.0),
+            "time/structures_per_s": self._trained * self.trainer.world_size / took,
+        }
 
     def on_validation_epoch_start(self) -> None:
         """Validation is timed apart."""
@@ -328,6 +332,7 @@ class Training(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Once an epoch, measure gradients, and after its last step average its weights."""
+        self._trained += len(batch.n_atoms)
         if not self._gradient_norms:
             self._measure_gradients(batch)
         if self.average is not None and self.trainer.is_last_batch:

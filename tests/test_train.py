@@ -480,35 +480,49 @@ def test_a_run_that_is_none_or_has_no_checkpoint_or_is_busy_is_refused(tmp_path:
         _resume(config_file, run.path)
 
 
+DIES = """
+import os, sys, threading
+from runner.cli import main
+from runner.training import Training
+
+number, delay = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+begin = Training.on_train_start
+
+def begins(self):
+    timer = threading.Timer(delay, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+    begin(self)
+
+Training.on_train_start = begins
+main()
+"""
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_gives_the_numbers_of_one_that_never_stopped(
     tmp_path: Path,
 ) -> None:
-    settings = ("train.epochs=12", "train.checkpoints.minutes=0.001", *CHANGING)
+    settings = ("train.epochs=60", "train.checkpoints.minutes=0.001", *CHANGING)
+    settings += ("train.early_stopping.patience=60",)
     whole = _run(write_experiment(tmp_path / "whole"), *settings)
     config_file = write_experiment(tmp_path / "killed")
     prepare(load_config(config_file, settings), tmp_path / "killed" / "prepared", Terminal())
-    command = [sys.executable, "-m", "runner", "train", str(config_file.parent)]
-    command += ["--data-dir", str(tmp_path / "killed" / "prepared")]
-    command += [word for setting in settings for word in ("--set", setting)]
-    rng, killed, last = np.random.default_rng(0), 0, tmp_path / "killed/runs/latest"
-    while killed < 20:
+    words = ["train", str(config_file.parent), "--data-dir", str(tmp_path / "killed" / "prepared")]
+    words += [word for setting in settings for word in ("--set", setting)]
+    rng, last = np.random.default_rng(0), tmp_path / "killed/runs/latest"
+    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    ends = []
+    for kill in range(20):
         go_on = ["--resume"] if (last / "checkpoints" / "last.ckpt").is_file() else []
-        process = subprocess.Popen([*command, *go_on], stderr=subprocess.PIPE, text=True)
-        signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-        try:
-            process.wait(float(rng.uniform(4, 9)))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signals[killed % 4])
-            killed += 1
-        error = process.communicate()[1]
-        assert "Traceback" not in error
-        assert "bug" not in error
-        if process.returncode == 0:
-            break
-    assert killed >= 1
-    if process.returncode != 0:
-        subprocess.run([*command, "--resume"], check=True)
+        moment = [str(int(signals[kill % 4])), str(rng.uniform(0.02, 0.6))]
+        command = [sys.executable, "-c", DIES, *moment, *words, *go_on]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        assert "bug" not in done.stderr
+        ends.append(done.returncode)
+    assert ends == [-signal.SIGKILL, -signal.SIGKILL, 130, 130] * 5  # it was never done before
+    subprocess.run([sys.executable, "-m", "runner", *words, "--resume"], check=True)
     result = {"run": str(last.resolve())}
     assert _numbers(result) == _numbers(whole)
     for checkpoint in ("last", "best"):
