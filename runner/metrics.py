@@ -430,7 +430,7 @@ class SplitMetrics(nn.Module):
         """What was added so far, as tensors and numbers; of several processes, this one's share."""
         sums = {
             name: {"updates": metric._update_count}
-            | {key: getattr(metric, key).clone() for key in metric._defaults}
+            | {key: _copied(getattr(metric, key), torch.device("cpu")) for key in metric._defaults}
             for name, metric in self._by_name().items()
         }
         return {"sums": sums, "waiting": list(self._waiting)}
@@ -446,7 +446,7 @@ class SplitMetrics(nn.Module):
         for name, state in states["sums"].items():
             metric = metrics[name]
             for key in metric._defaults:
-                setattr(metric, key, torch.as_tensor(state[key]).to(metric.device))
+                setattr(metric, key, _copied(state[key], metric.device))
             metric._update_count, metric._computed = int(state["updates"]), None
 
     def _by_name(self) -> dict[str, Metric]:
@@ -461,6 +461,13 @@ class SplitMetrics(nn.Module):
         self._waiting = []
         for metric in self._by_name().values():
             metric.reset()
+
+
+def _copied(state: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """A state of a metric, a tensor or a list of them, elsewhere."""
+    if isinstance(state, Tensor):
+        return state.detach().clone().to(device)
+    return [tensor.detach().clone().to(device) for tensor in state]
 
 
 def labelled_components(

@@ -274,3 +274,26 @@ def test_values_know_their_quantity_and_whether_they_have_its_unit() -> None:
     assert not has_unit("energy_per_atom_r2")
     assert not has_unit("forces_cosine_by_element/H")
     assert not has_unit("forces_PearsonCorrCoef")
+
+
+@pytest.mark.filterwarnings("ignore:Metric `SpearmanCorrcoef` will save all")
+def test_a_split_goes_on_from_its_state_to_the_bit() -> None:
+    structures = random_structures([2 + s % 3 for s in range(60)], seed=9)
+    loss = Loss(LossConfig.model_validate({"energy": {}, "forces": {}}))
+    own = ["torchmetrics:SpearmanCorrCoef", "torchmetrics:PearsonCorrCoef"]  # lists, and no sums
+    measured = {"energy": ["mae", *own], "forces": ["max_error"]}
+    of_sizes = groupings(["size"])
+    whole, part, rest = (SplitMetrics("val", loss, measured, of_sizes) for _ in range(3))
+    rng = np.random.default_rng(3)
+    for number in range(15):  # more than are added at once
+        batch = make_batch(structures.take(np.arange(4 * number, 4 * number + 4)), 5.0)
+        prediction = {
+            name: batch.labels[name] + torch.tensor(rng.normal(), dtype=torch.float32)
+            for name in ("energy", "forces")
+        }
+        for metrics in (whole, part if number < 12 else rest):
+            metrics.update(loss.sums(prediction, batch), prediction, batch)
+        if number == 11:
+            rest.set_state(part.state())
+    weights = loss.weights_at(0)
+    assert rest.compute(loss, weights) == whole.compute(loss, weights)
