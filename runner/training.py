@@ -275,8 +275,14 @@ class Training(lightning.LightningModule):
         assert isinstance(metrics, SplitMetrics)
         return metrics
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Set the learning rate: a function of the epoch and of nothing else, but on plateaus."""
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Set the learning rate: a function of the epoch and of nothing else, but on plateaus.
+
+        Before the first batch of an epoch gradients are measured: after it would be too late for a
+        checkpoint that is written there.
+        """
+        if not self._gradient_norms:
+            self._measure_gradients(batch)
         n = self.trainer.num_training_batches
         rate = self.rate_at(self.current_epoch + batch_idx / n, 1 / n)
         if rate is not None:
@@ -331,10 +337,8 @@ class Training(lightning.LightningModule):
             self.average.after_step(self.potential)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Once an epoch, measure gradients, and after its last step average its weights."""
+        """After the last step of an epoch, average its weights."""
         self._trained += len(batch.n_atoms)
-        if not self._gradient_norms:
-            self._measure_gradients(batch)
         if self.average is not None and self.trainer.is_last_batch:
             self.average.after_epoch(self.potential, self.current_epoch)
 

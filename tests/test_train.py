@@ -503,8 +503,8 @@ main()
 def test_killed_at_any_moment_a_run_gives_the_numbers_of_one_that_never_stopped(
     tmp_path: Path,
 ) -> None:
-    settings = ("train.epochs=60", "train.checkpoints.minutes=0.001", *CHANGING)
-    settings += ("train.early_stopping.patience=60",)
+    settings = ("train.epochs=150", "train.checkpoints.minutes=0.001", *CHANGING)
+    settings += ("train.early_stopping.patience=150",)
     whole = _run(write_experiment(tmp_path / "whole"), *settings)
     config_file = write_experiment(tmp_path / "killed")
     prepare(load_config(config_file, settings), tmp_path / "killed" / "prepared", Terminal())
@@ -515,7 +515,7 @@ def test_killed_at_any_moment_a_run_gives_the_numbers_of_one_that_never_stopped(
     ends = []
     for kill in range(20):
         go_on = ["--resume"] if (last / "checkpoints" / "last.ckpt").is_file() else []
-        moment = [str(int(signals[kill % 4])), str(rng.uniform(0.02, 0.6))]
+        moment = [str(int(signals[kill % 4])), str(rng.uniform(0.02, 0.4))]
         command = [sys.executable, "-c", DIES, *moment, *words, *go_on]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr
