@@ -85,6 +85,8 @@ class SplitMetrics(nn.Module):
         self.errors = create_error_metrics(measured)
         collections = [*self.losses.values(), *self.errors.values()]
         self._registered = nn.ModuleList(collections)  # so that they follow to a device
+        for metric in self._by_name().values():
+            metric._to_sync = False  # all at once, see `join`
 
     def update(
         self, sums: Mapping[str, Sum], prediction: Mapping[str, Tensor], batch: Batch
@@ -125,6 +127,18 @@ class SplitMetrics(nn.Module):
             | {key: getattr(metric, key).clone() for key in metric._defaults}
             for name, metric in self._by_name().items()
         }
+
+    def join(self, states: Sequence[Mapping[str, Mapping[str, Tensor | int]]]) -> None:
+        """Have what several processes have added, in their order: the same in all of them."""
+        if len(states) == 1:
+            return
+        for name, metric in self._by_name().items():
+            parts = [state[name] for state in states]
+            metric._update_count, metric._computed = sum(int(p["updates"]) for p in parts), None
+            for key, reduction in metric._reductions.items():
+                stacked = torch.stack([torch.as_tensor(part[key]) for part in parts])
+                assert callable(reduction)  # sum, or max: never a list of all values
+                setattr(metric, key, reduction(stacked).to(metric.device))
 
     def set_state(self, states: Mapping[str, Mapping[str, Tensor | int]]) -> None:
         """Go on from there."""

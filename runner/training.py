@@ -17,10 +17,11 @@ from runner.compiled import CompiledStep, Step, StepResult
 from runner.config import PlateauConfig, TrainConfig
 from runner.errors import RunError
 from runner.fields import LABELS
-from runner.losses import Loss
+from runner.losses import Loss, Whole, over_processes
 from runner.metrics import SplitMetrics
 from runner.optimization import Average, build_optimizer
 from runner.potentials import Potential
+from runner.processes import gathered
 
 MONITOR = "val/loss/total_loss"
 # in a checkpoint the weights to use are called "potential", those that are trained "averaged"
@@ -89,7 +90,9 @@ class Training(lightning.LightningModule):
     def _step(self, batch: Batch, split: str) -> Tensor:
         weights = self.loss.weights_at(self.current_epoch, float(self.global_step))
         if split == "train":
-            result = self._compiled_result(batch, weights) or self.step(batch, weights)
+            whole = over_processes(self.loss.counts(batch))
+            compiled = self._compiled_result(batch, weights, whole)
+            result = compiled or self.step(batch, weights, whole)
         else:
             result = self.measured(batch, weights)
         self._stop_if_not_finite(result, batch, split)
@@ -122,12 +125,14 @@ class Training(lightning.LightningModule):
             "these structures: atoms that are too near each other, or the largest forces",
         )
 
-    def _compiled_result(self, batch: Batch, weights: Mapping[str, float]) -> StepResult | None:
+    def _compiled_result(
+        self, batch: Batch, weights: Mapping[str, float], whole: Whole | None
+    ) -> StepResult | None:
         """What the compiled step gives, where there is one and it takes such a batch."""
         if self.compiled is None or not self.compiled.fits(batch):
             return None
         try:
-            return self.compiled(batch, weights)
+            return self.compiled(batch, weights, whole)
         except RunError as error:
             if self.config.compile is True:
                 raise
@@ -182,6 +187,7 @@ class Training(lightning.LightningModule):
         weights = self.loss.weights_at(self.config.epochs - 1, math.inf)
         if split == "train":
             weights = self.loss.weights_at(self.current_epoch, float(self.global_step))
+        metrics.join(gathered(metrics.state()))
         values = metrics.compute(self.loss, weights)
         metrics.reset()
         if f"{split}/loss/total_loss" not in values and split != "test":
@@ -290,19 +296,22 @@ class Training(lightning.LightningModule):
         checkpoint["runner"] = self.passport
         if self.average is not None and self.average.begun:
             _swap(checkpoint["state_dict"], *AVERAGED)
-        checkpoint["training"] = {
-            "epochs_done": self.epochs_done,
-            "random": random_states(),
-            "metrics": self._metrics("train").state(),
-        }
+        mine = {"random": random_states(), "metrics": self._metrics("train").state()}
+        first, *others = gathered(mine)
+        checkpoint["training"] = {"epochs_done": self.epochs_done, **first, "others": others}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where it was written."""
         if self.average is not None and int(checkpoint["state_dict"]["averaged.n_averaged"]):
             _swap(checkpoint["state_dict"], *AVERAGED)
         training = checkpoint["training"]
-        self.epochs_done, self._random = training["epochs_done"], training["random"]
-        self._metrics("train").set_state(training["metrics"])
+        self.epochs_done = training["epochs_done"]
+        mine, n = training, 1 + len(training.get("others", []))
+        if n == self.trainer.world_size and self.trainer.global_rank > 0:
+            mine = training["others"][self.trainer.global_rank - 1]
+        self._random = mine["random"]
+        if n == self.trainer.world_size:  # else it is between two epochs, and nothing is added yet
+            self._metrics("train").set_state(mine["metrics"])
 
 
 def _swap(weights: dict[str, Tensor], one: str, other: str) -> None:
