@@ -98,6 +98,8 @@ class Step:
         sums = self.loss.sums(prediction, batch)
         parts = sums if whole is None else whole.part(sums)
         total = self.loss.weighted({name: s.mean for name, s in parts.items()}, weights)
+        if whole is not None:
+            total = _Reaching.apply(total, *self.potential.parameters())  # type: ignore[no-untyped-call]
         return StepResult(total, sums, prediction)
 
 
@@ -353,6 +355,23 @@ class _Given(torch.autograd.Function):
         scaled = torch._foreach_mul(ctx.gradients, slope)
         given = [g if wanted else None for g, wanted in zip(scaled, ctx.wanted, strict=True)]
         return None, None, *given
+
+
+class _Reaching(torch.autograd.Function):
+    """A loss from which every parameter is reached, some perhaps without a gradient.
+
+    Several processes wait for each other's gradient of every parameter, and one of them may have a
+    batch of no structure.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.n = len(parameters)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        return *slopes, *[None] * ctx.n
 
 
 def _with_masks(batch: Batch, names: Sequence[str]) -> Batch:

@@ -38,7 +38,8 @@ from runner.config import TrainerConfig
 from runner.errors import ConfigError, InputError, RunError
 
 T = TypeVar("T")
-START = timedelta(minutes=10)  # in which all processes have to come
+START = timedelta(minutes=5)  # in which all processes have to come
+LATE = 60.0  # seconds that the first one, if it fails, waits for those that are still to come
 GRACE = 5.0  # seconds in which a process can end by itself, once it has to
 PATIENCE = 30.0  # the same, where the user has asked for it and files may be written
 NEWS = 3.0  # seconds in which it is known that another process has ended
@@ -111,7 +112,9 @@ def _given_place() -> Place | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if all(name in known for name in names):
         by_torchrun = TorchElasticEnvironment.detect()
-        environment = TorchElasticEnvironment() if by_torchrun else LightningEnvironment()
+        environment: ClusterEnvironment = (
+            TorchElasticEnvironment() if by_torchrun else LightningEnvironment()
+        )
         rank, n, local, n_local = (int(known[name]) for name in names)
         return Place(rank, n, local, n_local, environment)
     n = int(known.get("SLURM_STEP_NUM_TASKS", 1))  # set by srun, not in a script beside it
@@ -124,8 +127,12 @@ def _given_place() -> Place | None:
             where=WHERE,
             remedy="start as many on each: --ntasks-per-node",
         )
+    try:
+        environment = SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise ConfigError(f"Lightning refuses what SLURM has started: {error}") from None
     rank, local = int(known["SLURM_PROCID"]), int(known["SLURM_LOCALID"])
-    return Place(rank, n, local, n_local, SLURMEnvironment(auto_requeue=False))
+    return Place(rank, n, local, n_local, environment)
 
 
 def _first_place(config: TrainerConfig) -> Place:
@@ -217,6 +224,10 @@ class Processes:
         """What the first one tells."""
         raise NotImplementedError
 
+    def met(self, rank: int) -> bool:  # noqa: ARG002
+        """Whether another one has come."""
+        return True
+
     def leave(self, error: BaseException | None) -> BaseException | None:
         """End, with all others; gives the error that has ended them, wherever it came from."""
         return error
@@ -238,8 +249,12 @@ class _Connected(Processes):
             if self._ending is not None or self._left.is_set():
                 return
             self._ending = ending
+            self._announce(ending)
         self._must_end.set()
         threading.Thread(target=self._force, args=(ending,), daemon=True).start()
+
+    def _announce(self, ending: Ending) -> None:
+        """Let the others know."""
 
     def _force(self, ending: Ending) -> None:
         if self._left.wait(GRACE if ending.fields else PATIENCE):
@@ -250,7 +265,7 @@ class _Connected(Processes):
             self.at_end()
         for child in self.children.values():
             child.kill()
-        os._exit(ending.code)
+        os._exit(1 if self._silent(ending) else ending.code)
 
     def _silent(self, ending: Ending) -> bool:
         """Whether another process says why all end."""
@@ -273,7 +288,9 @@ class _First(_Connected):
         self._others: dict[int, Connection[bytes, bytes]] = {}
         self._ended: set[int] = set()
         self._all_here, self._all_ended = threading.Event(), threading.Event()
+        self._closed = False
         self._task: bytes | None = None
+        self._last_word: bytes | None = None
         key = secrets.token_bytes(16)
         self._listener = Listener(("" if place.n_nodes > 1 else "127.0.0.1", 0), authkey=key)
         port = self._listener.address[1]
@@ -290,14 +307,15 @@ class _First(_Connected):
                 connection = self._listener.accept()
                 hello = json.loads(connection.recv_bytes())
             except (OSError, EOFError, AuthenticationError, ValueError):
-                if self._left.is_set():
+                if self._closed:
                     return
                 continue
             _keep_alive(connection)
             with self._lock:
                 self._others[hello["rank"]] = connection
-                if self._task is not None:
-                    connection.send_bytes(self._task)
+                for message in (self._task, self._last_word):
+                    if message is not None:
+                        connection.send_bytes(message)
             threading.Thread(target=self._hear, args=(connection, hello), daemon=True).start()
         self._all_here.set()
         self._listener.close()
@@ -350,20 +368,23 @@ class _First(_Connected):
             if len(self._ended) == self.place.n - 1:
                 self._all_ended.set()
 
-    def _end(self, ending: Ending) -> None:
-        super()._end(ending)
-        self._tell_all({"fields": ending.fields, "end": True})
+    def _announce(self, ending: Ending) -> None:
+        self._last_word = json.dumps({"fields": ending.fields, "end": True}).encode()
+        self._tell_all(self._last_word)
 
-    def _tell_all(self, message: Mapping[str, Any]) -> None:
+    def _tell_all(self, message: bytes) -> None:
         with self._lock:
             for connection in self._others.values():
                 with contextlib.suppress(OSError):
-                    connection.send_bytes(json.dumps(message).encode())
+                    connection.send_bytes(message)
 
     def tell(self, task: Mapping[str, Any]) -> None:
         with self._lock:
             self._task = json.dumps(task).encode()
-            self._tell_all(task)
+            self._tell_all(self._task)
+
+    def met(self, rank: int) -> bool:
+        return rank in self._others
 
     def leave(self, error: BaseException | None) -> BaseException | None:
         if error is None and not self._must_end.is_set():
@@ -372,7 +393,10 @@ class _First(_Connected):
         ending = self._cause(error)
         self._left.set()
         if error is not None and ending is None:
-            self._tell_all({"fields": Ending.of(error, 0).fields, "end": True})
+            self._announce(Ending.of(error, 0))
+        if error is not None and not self.children:
+            self._all_here.wait(LATE)
+        self._closed = True
         self._listener.close()
         for connection in self._others.values():
             connection.close()
@@ -428,7 +452,7 @@ class _Other(_Connected):
         self._left.set()
         if ending is None:
             return error
-        return SystemExit(ending.code) if self._silent(ending) else ending.error()
+        return SystemExit(1) if self._silent(ending) else ending.error()
 
 
 def _how_it_ended(code: int) -> str:
@@ -458,12 +482,13 @@ def together(place: Place) -> Iterator[Processes]:
         store = _store(place)
         os.environ["MASTER_PORT"] = str(store.port)
         children = _launch(place) if place.launches else {}
-        ends.callback(_stop, children)
+        ends.callback(_stop, children, 2 * GRACE)
         processes = (_Other if place.rank else _First)(place, store, children)
         try:
             yield processes
         except BaseException as error:
             cause = processes.leave(error)
+            _stop({rank: child for rank, child in children.items() if not processes.met(rank)}, 0.0)
             if cause is error or cause is None:
                 raise
             raise cause from error
@@ -534,11 +559,11 @@ def _launch(place: Place) -> dict[int, subprocess.Popen[bytes]]:
     return found
 
 
-def _stop(children: Mapping[int, subprocess.Popen[bytes]]) -> None:
+def _stop(children: Mapping[int, subprocess.Popen[bytes]], patience: float) -> None:
     """Wait until processes have ended, not for long."""
     for child in children.values():
         try:
-            child.wait(2 * GRACE)
+            child.wait(patience)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

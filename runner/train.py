@@ -90,7 +90,8 @@ def train(
         done = None
         if resume is not None:
             done = _resume(run, config, dataset, terminal, processes.place.n)
-        processes.tell({"run": str(run.path), "dataset": str(dataset.path), "done": done})
+        task = {"run": str(run.path.resolve()), "dataset": str(dataset.path.resolve())}
+        processes.tell(task | {"done": done})
         try:
             result = _train(settings, dataset, run, terminal, done, processes.place)
         except KeyboardInterrupt:
@@ -415,8 +416,8 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unuse
 def _strategy(name: str, place: Place) -> str | DDPStrategy:
     """How Lightning trains in several processes.
 
-    A weight may have no gradient, in a batch or at all. And however long one process computes what
-    the others wait for, that is no failure: those are noticed elsewhere.
+    However long one process computes what the others wait for, that is no failure: it is noticed
+    elsewhere.
 
     Raises:
         ConfigError: forces cannot be trained that way.
@@ -438,7 +439,7 @@ def _strategy(name: str, place: Place) -> str | DDPStrategy:
             remedy='strategy = "auto"; every device then holds all weights, and its batches alone '
             "decide how much memory it needs",
         )
-    unused = name != "ddp_find_unused_parameters_false"
+    unused = name == "ddp_find_unused_parameters_true"
     return DDPStrategy(find_unused_parameters=unused, timeout=timedelta(days=7))
 
 
@@ -514,7 +515,7 @@ def _quiet() -> Iterator[None]:
             ".*exists and is not empty.*",  # the run directory holds more than metrics.csv
             ".*LeafSpec.*is deprecated.*",  # between Lightning and torch
             ".*sync_dist=True.*",  # what is logged is that of all processes already
-            ".*find_unused_parameters=True was specified.*",  # there may be some later
+            ".*Grad strides do not match bucket view strides.*",  # of a matrix with one row
             ".*callbacks used to create the checkpoint.*",  # one of 0.5.0 has another
         ):
             warnings.filterwarnings("ignore", message)
