@@ -153,7 +153,7 @@ def test_the_sections_of_the_config_name_exactly_the_labels() -> None:
 
 
 def test_the_changelog_tells_of_this_version() -> None:
-    (latest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    (latest, *_) = re.findall(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert latest == runner.__version__
 
 
