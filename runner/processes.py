@@ -479,11 +479,12 @@ def together(place: Place) -> Iterator[Processes]:
         yield Processes(place)
         return
     with _surroundings(place), contextlib.ExitStack() as ends:
-        store = _store(place)
-        os.environ["MASTER_PORT"] = str(store.port)
-        children = _launch(place) if place.launches else {}
-        ends.callback(_stop, children, 2 * GRACE)
-        processes = (_Other if place.rank else _First)(place, store, children)
+        with _reachable(place):
+            store = _store(place)
+            os.environ["MASTER_PORT"] = str(store.port)
+            children = _launch(place) if place.launches else {}
+            ends.callback(_stop, children, 2 * GRACE)
+            processes = (_Other if place.rank else _First)(place, store, children)
         try:
             yield processes
         except BaseException as error:
@@ -520,6 +521,21 @@ def _surroundings(place: Place) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _reachable(place: Place) -> Iterator[None]:
+    """Say what to do where processes do not find each other."""
+    try:
+        yield
+    except (torch.distributed.DistError, OSError, EOFError) as error:
+        raise RunError(
+            f"process {place.rank} of {place.n} does not find the first one: "
+            f"{str(error).splitlines()[0]}",
+            where=f"MASTER_ADDR={os.environ['MASTER_ADDR']}, "
+            f"MASTER_PORT={os.environ.get('MASTER_PORT', place.environment.main_port)}",
+            remedy="see whether the first one runs; another MASTER_PORT if this one is taken",
+        ) from error
 
 
 def _store(place: Place) -> TCPStore:

@@ -80,6 +80,7 @@ def train(
     settings = require_train(config, config_file)
     dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir))
     _check_data(settings, dataset)
+    _strategy(settings.trainer.strategy, processes.place)  # refused before a run is made
     if resume is None:
         run = RunDirectory.create(config_file.parent, config, _manifest(settings, dataset, command))
     else:
@@ -381,7 +382,8 @@ def _trainer(
     settings["strategy"] = _strategy(settings["strategy"], place)
     if settings["accelerator"] == "auto":  # Apple's GPUs have no float64, which exact means need
         settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
-    interactive = sys.stderr.isatty() and terminal.console.is_terminal
+    on_terminal = sys.stderr.isatty() and terminal.console.is_terminal
+    interactive = on_terminal and place.rank == 0
     return lightning.Trainer(
         **settings,
         max_epochs=config.epochs,

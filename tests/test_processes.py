@@ -7,14 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from runner import processes
 from runner.config import TrainerConfig
-from runner.errors import ConfigError
+from runner.errors import ConfigError, RunError
 from runner.processes import Place, agreed, gathered, together
 
 HERE = Path(__file__).parent
@@ -135,6 +137,25 @@ def test_machines_with_unlike_numbers_of_processes_are_refused(
         Place.of(TrainerConfig())
 
 
+def test_a_first_process_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = free_ports(1)
+    _given(monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_PORT=port)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(processes, "START", timedelta(seconds=1))
+    with (
+        pytest.raises(RunError, match=f"process 1 of 2 does not find(.|\n)*MASTER_PORT={port}"),
+        together(Place.of_follower()),
+    ):
+        pass
+    _given(monkeypatch, RANK=0, LOCAL_RANK=0)
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(RunError, match="another MASTER_PORT"),
+        together(Place.of_follower()),
+    ):
+        pass
+
+
 def test_nobody_has_to_follow_where_nobody_leads() -> None:
     with pytest.raises(ConfigError, match="use `runner train`"):
         Place.of_follower()
@@ -142,9 +163,9 @@ def test_nobody_has_to_follow_where_nobody_leads() -> None:
 
 def test_one_process_agrees_with_itself() -> None:
     before = dict(os.environ)
-    with together(Place.of(TrainerConfig())) as processes:
-        assert processes.first
-        processes.tell({})
+    with together(Place.of(TrainerConfig())) as alone:
+        assert alone.first
+        alone.tell({})
     assert agreed(True, False) == [True, False]
     assert gathered("mine") == ["mine"]
     assert dict(os.environ) == before
