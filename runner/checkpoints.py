@@ -7,10 +7,10 @@ import os
 import random
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from runner.config import CheckpointsConfig
+from runner.processes import agreed
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 AT_ONCE = 2  # checkpoints that wait in memory for being written
@@ -86,25 +86,14 @@ def _write(file: Path, content: io.BytesIO) -> None:
     aside.replace(file)
 
 
-def checkpoints(folder: Path, monitor: str, config: CheckpointsConfig) -> list[Callback]:
-    """The best epoch's, and the last: after every epoch, and after so many minutes within one."""
-
-    def last(**when: Any) -> ModelCheckpoint:
-        return Resumable(folder, Path(LAST).stem, enable_version_counter=False, **when)
-
+def checkpoints(folder: Path, monitor: str) -> list[Callback]:
+    """The best epoch's, and the last one's."""
     best = Resumable(folder, Path(BEST).stem, monitor=monitor, enable_version_counter=False)
-    return [best, last(train_time_interval=timedelta(minutes=config.minutes)), last()]
+    return [best, Resumable(folder, Path(LAST).stem, enable_version_counter=False)]
 
 
 class Resumable(ModelCheckpoint):
     """A checkpoint from which a run can go on exactly, also if its directory was moved."""
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write, if it is time, and the place is a good one."""
-        if may_stop_after(trainer, batch_idx):
-            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on; Lightning would forget the best epoch of a run that was moved."""
@@ -131,24 +120,27 @@ def may_stop_after(trainer: lightning.Trainer, batch_idx: int) -> bool:
 
 
 class Interruptions(Callback):
-    """Ends a run that is asked to stop after the batch that is under way, with a checkpoint.
+    """Writes the last checkpoint within an epoch: every few minutes, and where the run has to stop.
 
-    After the last batch of an epoch it is validated first.
+    A run that is asked to stop ends after the batch that is under way; after the last batch of an
+    epoch it is validated first. Of several processes each may be asked: all end after the same.
 
     Asked by Ctrl-C, by SIGTERM, or by SIGUSR1, which SLURM sends before a time limit if it is told
     to. Within a batch a checkpoint would hold weights of one step and counters of another. Who asks
     twice is not waited for: the run then goes on from its last checkpoint.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        """Write the checkpoint to `folder`; `say` that a request has come."""
+    def __init__(self, folder: Path, say: Callable[[str], None], minutes: float) -> None:
+        """Write the checkpoint to `folder` every `minutes`; `say` that a request has come."""
         super().__init__()
-        self.folder, self.say = folder, say
+        self.folder, self.say, self.minutes = folder, say, minutes
+        self._written = time.monotonic()
         self._asked = False
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, *_: Any) -> None:
         """Listen, instead of Lightning, which would stop wherever it is."""
+        self._written = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in STOPPING}
 
@@ -164,15 +156,21 @@ class Interruptions(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End, if asked to."""
+        """Write, if it is time or the end has come, and the place is a good one."""
         del module, outputs, batch
-        if self._asked and may_stop_after(trainer, batch_idx):
+        if not may_stop_after(trainer, batch_idx):
+            return
+        due = time.monotonic() > self._written + 60 * self.minutes
+        asked, due = agreed(self._asked, due)
+        if asked or due:
             trainer.save_checkpoint(self.folder / LAST)
+            self._written = time.monotonic()
+        if asked:
             raise KeyboardInterrupt
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """End, if asked to while the last epoch was measured, which has its checkpoint."""
-        if self._asked:
+        if any(agreed(self._asked)):
             raise KeyboardInterrupt
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -188,17 +186,17 @@ def random_states() -> dict[str, Any]:
     version, state, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "python": [version, torch.tensor(state), gauss],
     }
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put them back there; those of other GPUs than there were stay as they are."""
+    """Put them back there; of GPUs, that of the one in use."""
     torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"][0].cpu())
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
     version, state, gauss = states["python"]

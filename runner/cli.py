@@ -86,7 +86,7 @@ def train(
     old = path.parent / "runs" / "latest" if resume == LATEST else resume
     run = None if old is None else Path(old)
     result = verb(config, path, folder, Terminal(stderr=as_json), sys.argv, run)
-    _print_json(result, as_json)
+    _print_json(result, as_json and bool(result))
 
 
 @app.command(short_help="Prepare, then train.")
@@ -99,15 +99,26 @@ def run(
     """Prepare, then train."""
     path, config, folder = _open(experiment, settings, data_dir)
     from runner import prepare as first
+    from runner.processes import Place, together
     from runner.terminal import Terminal
     from runner.train import require_train
     from runner.train import train as second
 
-    require_train(config, path)
-    terminal = Terminal(stderr=as_json)
-    prepared = first.prepare(config, folder, terminal)
-    trained = second(config, path, folder, terminal, command=sys.argv)
-    _print_json({"prepare": prepared, "train": trained}, as_json)
+    terminal, place = Terminal(stderr=as_json), Place.of(require_train(config, path).trainer)
+    with together(place) as all_of_them:
+        prepared = first.prepare(config, folder, terminal) if all_of_them.first else {}
+        trained = second(config, path, folder, terminal, command=sys.argv, processes=all_of_them)
+    _print_json({"prepare": prepared, "train": trained}, as_json and bool(trained))
+
+
+@app.command(hidden=True)
+def follow() -> None:
+    """Train with the process that has started this one."""
+    from runner.processes import Place, together
+    from runner.train import follow as verb
+
+    with together(Place.of_follower()) as processes:
+        verb(processes)
 
 
 @app.command(short_help="Show the learning curves of a run, also while it is trained.")

@@ -30,7 +30,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from runner.batches import Batch
 from runner.errors import RunError
-from runner.losses import Loss, Sum, over_processes
+from runner.losses import Loss, Sum, Whole
 from runner.potentials import Potential
 
 TOLERANCE = 1e-3
@@ -75,17 +75,31 @@ class Step:
         """
         self.potential, self.loss, self.derivatives = potential, loss, dict(derivatives)
 
-    def __call__(self, batch: Batch, weights: Mapping[str, Any]) -> StepResult:
-        """One batch, with the weights of the terms as they are now."""
-        return self.compare(self.potential(batch, **self.derivatives), batch, weights)
+    def __call__(
+        self, batch: Batch, weights: Mapping[str, Any], whole: Whole | None = None
+    ) -> StepResult:
+        """One batch, with the weights of the terms as they are now.
+
+        Args:
+            batch: of this process.
+            weights: of the terms.
+            whole: what the batches of several processes have, if the loss is over all of them.
+        """
+        return self.compare(self.potential(batch, **self.derivatives), batch, weights, whole)
 
     def compare(
-        self, prediction: dict[str, Tensor], batch: Batch, weights: Mapping[str, Any]
+        self,
+        prediction: dict[str, Tensor],
+        batch: Batch,
+        weights: Mapping[str, Any],
+        whole: Whole | None = None,
     ) -> StepResult:
         """What a prediction costs."""
         sums = self.loss.sums(prediction, batch)
-        parts = over_processes(sums) if self.potential.training else sums
+        parts = sums if whole is None else whole.part(sums)
         total = self.loss.weighted({name: s.mean for name, s in parts.items()}, weights)
+        if whole is not None:
+            total = _Reaching.apply(total, *self.potential.parameters())  # type: ignore[no-untyped-call]
         return StepResult(total, sums, prediction)
 
 
@@ -124,15 +138,12 @@ class CompiledStep:
         self._buffers = dict(step.potential.named_buffers())
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the batch is of general size: two structures, atoms and pairs at least.
-
-        One of several processes takes eager steps, in which they talk to each other.
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return False
+        """Whether the batch is of general size: two structures, atoms and pairs at least."""
         return _is_general(batch)
 
-    def __call__(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+    def __call__(
+        self, batch: Batch, weights: Mapping[str, float], whole: Whole | None = None
+    ) -> StepResult:
         """The same as the eager step to rounding."""
         batch = _with_masks(batch, self.incomplete)
         if self._function is None:
@@ -140,7 +151,7 @@ class CompiledStep:
         self._calls += 1
         if self._calls & (self._calls - 1) == 0 and (wrong := self._compare(batch, weights)):
             raise _is_wrong(wrong)
-        return self._compute(batch, weights)
+        return self._compute(batch, weights, whole)
 
     def _compile(self, batch: Batch, weights: Mapping[str, float]) -> None:
         """Trace, and compile with as many liberties as are right.
@@ -161,15 +172,21 @@ class CompiledStep:
         """Weights and what else the potential holds."""
         return [p.detach() for p in self._parameters.values()] + list(self._buffers.values())
 
-    def _factors(self, batch: Batch, weights: Mapping[str, float]) -> Tensor:
+    def _factors(
+        self, batch: Batch, weights: Mapping[str, float], whole: Whole | None = None
+    ) -> Tensor:
         """What the sum of each term is multiplied by: its weight over the number of its labels."""
-        counts = self.step.loss.counts(batch)
-        return torch.stack([weights[name] / counts[name].clamp(min=1) for name in sorted(weights)])
+        whole = whole or Whole(self.step.loss.counts(batch), 1)
+        return torch.stack(
+            [whole.n * weights[name] / whole.counts[name].clamp(min=1) for name in sorted(weights)]
+        )
 
-    def _compute(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+    def _compute(
+        self, batch: Batch, weights: Mapping[str, float], whole: Whole | None = None
+    ) -> StepResult:
         """Run the program on the parts of a batch, and add up."""
         assert self._layout is not None
-        given = [*self._state(), self._factors(batch, weights)]
+        given = [*self._state(), self._factors(batch, weights, whole)]
 
         def run(part: Batch) -> list[Tensor]:
             with torch.no_grad():
@@ -359,6 +376,23 @@ class _Given(torch.autograd.Function):
         scaled = torch._foreach_mul(ctx.gradients, slope)
         given = [g if wanted else None for g, wanted in zip(scaled, ctx.wanted, strict=True)]
         return None, None, *given
+
+
+class _Reaching(torch.autograd.Function):
+    """A loss from which every parameter is reached, some perhaps without a gradient.
+
+    Several processes wait for each other's gradient of every parameter, and one of them may have a
+    batch of no structure.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.n = len(parameters)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        return *slopes, *[None] * ctx.n
 
 
 def _with_masks(batch: Batch, names: Sequence[str]) -> Batch:

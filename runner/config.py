@@ -505,7 +505,8 @@ class PrepareConfig(Section):
 
 
 class BatchConfig(Section):
-    """The size of a batch: one of these, never above it; 32 structures unless given."""
+    """The size of a batch of one device: one of these, never above it; 32 structures unless
+    given."""
 
     structures: Count | None = None
     """Structures in a batch."""
@@ -1345,11 +1346,12 @@ class TrainerConfig(Section):
     accelerator: str = "auto"
     """`"auto"`: a CUDA GPU if there is one, else the CPU."""
     devices: Annotated[int | str | list[int], BeforeValidator(_devices)] = "auto"
-    """One, for now."""
+    """How many of each machine, or which GPUs; -1: all GPUs. A process trains on each, with a
+    batch of its own. `"auto"`: one, or as many as torchrun or SLURM have started."""
     num_nodes: Count = 1
-    """Machines; one, for now."""
+    """Machines; torchrun or SLURM tell it too."""
     strategy: str = "auto"
-    """How Lightning runs it."""
+    """How several devices train: `"auto"` and `"ddp"` average their gradients."""
     accumulate_grad_batches: Count = 1
     """Batches whose gradients are averaged for a step of the optimiser."""
     gradient_clip_val: NonNegative = 10.0

@@ -29,6 +29,7 @@ from runner.loader import (
     choose_residence,
     free_memory,
 )
+from runner.processes import gathered
 from runner.store import PreparedDataset
 
 SPLITS = ("train", "val", "test")
@@ -86,6 +87,11 @@ class PreparedDataModule(lightning.LightningDataModule):
         if split not in self._loaders:
             self._loaders[split] = self._loader(split)
         return self._loaders[split]
+
+    def whole(self, split: str) -> BatchLoader:
+        """All batches of a split, those of other processes too."""
+        mine = self.loader(split)
+        return BatchLoader(mine.source, mine.order, ahead=mine.ahead)
 
     def train_dataloader(self) -> BatchLoader:
         """Shuffled by seed and epoch.
@@ -162,7 +168,7 @@ class PreparedDataModule(lightning.LightningDataModule):
             return OnDevice(split, self._device())
         rank, n_ranks = _local_ranks()
         if self.residence == "memory" and n_ranks > 1:
-            with _common_folder(rank) as folder:
+            with _common_folder(rank, split.bytes_needed()) as folder:
                 return Shared(split, folder, rank, n_ranks, torch.distributed.barrier)
         return InMemory(split, keep=self.residence == "memory")
 
@@ -170,7 +176,12 @@ class PreparedDataModule(lightning.LightningDataModule):
         """As asked for; with what that means said."""
         needed = sum(split.bytes_needed() for split in self._splits.values())
         asked = self.data.residence
-        chosen = choose_residence(needed, self._device()) if asked == "auto" else asked
+        chosen: Residence
+        if asked == "auto":  # memory may be short for some processes: all do as these have to
+            found = gathered(choose_residence(needed, self._device()))
+            chosen = max(found, key=["device", "memory", "stream"].index)
+        else:
+            chosen = asked
         free = free_memory(chosen, self._device())
         if needed > free:
             raise DatasetError(
@@ -280,13 +291,14 @@ def _local_ranks() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _common_folder(rank: int) -> Iterator[Path]:
+def _common_folder(rank: int, n_bytes: int) -> Iterator[Path]:
     """A folder in memory, or else on disk, that all processes of this machine know."""
     names: list[tuple[str, str]] = [("", "")] * torch.distributed.get_world_size()
     made = ""
     if rank == 0:
         in_memory = Path("/dev/shm")
-        made = tempfile.mkdtemp(prefix="runner-", dir=in_memory if in_memory.is_dir() else None)
+        fits = in_memory.is_dir() and 1.2 * n_bytes < shutil.disk_usage(in_memory).free
+        made = tempfile.mkdtemp(prefix="runner-", dir=in_memory if fits else None)
     here = os.uname().nodename
     torch.distributed.all_gather_object(names, (here, made))
     folder = Path(next(name for machine, name in names if machine == here and name))

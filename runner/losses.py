@@ -69,21 +69,37 @@ class Sum:
         return self.total / self.count.clamp(min=1)
 
 
-def over_processes(sums: Mapping[str, Sum]) -> dict[str, Sum]:
-    """This process's part of the means over what all processes have in their batches.
+@dataclass(frozen=True)
+class Whole:
+    """What all processes have in their batches of one step.
 
-    The gradients of several processes are averaged: so each part is multiplied by their number, and
-    divided by the count of all. The average is the gradient of the mean over all structures,
-    however unevenly they are spread.
+    Attributes:
+        counts: over how many structures, or atoms, the mean of every term is.
+        n: how many processes there are.
     """
+
+    counts: Mapping[str, Float[Tensor, ""]]
+    n: int
+
+    def part(self, sums: Mapping[str, Sum]) -> dict[str, Sum]:
+        """One process's part of the means over all.
+
+        The gradients of several processes are averaged: so each part is multiplied by their
+        number, and divided by the count of all. The average is the gradient of the mean over all
+        structures, however unevenly they are spread.
+        """
+        return {name: Sum(self.n * s.total, self.counts[name]) for name, s in sums.items()}
+
+
+def over_processes(counts: Mapping[str, Float[Tensor, ""]]) -> Whole | None:
+    """Sum counts over all processes, which all have to ask; none if this one is alone."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or not sums:
-        return dict(sums)
-    counts = torch.stack([s.count for s in sums.values()])
-    torch.distributed.all_reduce(counts)
+    if not distributed or not counts:
+        return None
+    summed = torch.stack(list(counts.values()))
+    torch.distributed.all_reduce(summed)
     n = torch.distributed.get_world_size()
-    parts = zip(sums.items(), counts.unbind(), strict=True)
-    return {name: Sum(n * s.total, count) for (name, s), count in parts}
+    return Whole(dict(zip(counts, summed.unbind(), strict=True)), n)
 
 
 class Term(nn.Module):

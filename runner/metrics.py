@@ -359,6 +359,8 @@ class SplitMetrics(nn.Module):
         self._waiting: list[dict[str, tuple[Tensor, ...]]] = []
         # so that they follow to a device
         self._registered = nn.ModuleList([*self.losses.values(), *self.errors.values(), *apart])
+        for metric in self._by_name().values():
+            metric._to_sync = False  # all at once, see `join`
 
     def update(
         self, sums: Mapping[str, Sum], prediction: Mapping[str, Tensor], batch: Batch
@@ -435,6 +437,20 @@ class SplitMetrics(nn.Module):
         }
         return {"sums": sums, "waiting": list(self._waiting)}
 
+    def join(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Have what several processes have added, in their order: the same in all of them.
+
+        Args:
+            gather: gives what each process has given to it.
+        """
+        self._add()
+        states = gather(self.state()["sums"])
+        for name, metric in self._by_name().items():
+            parts = [state[name] for state in states]
+            metric._update_count, metric._computed = sum(int(p["updates"]) for p in parts), None
+            for key, reduction in metric._reductions.items():
+                setattr(metric, key, _reduced([part[key] for part in parts], reduction, metric))
+
     def set_state(self, states: Mapping[str, Any]) -> None:
         """Go on from there, to the bit: what waits still waits."""
         device = next(iter(self._by_name().values())).device
@@ -461,6 +477,14 @@ class SplitMetrics(nn.Module):
         self._waiting = []
         for metric in self._by_name().values():
             metric.reset()
+
+
+def _reduced(parts: Sequence[Any], reduction: Any, metric: Metric) -> Tensor | list[Tensor]:
+    """A state of several processes as one, as torchmetrics has it."""
+    if isinstance(parts[0], list):
+        return [tensor.to(metric.device) for part in parts for tensor in part]
+    stacked = torch.stack([part.to(metric.device) for part in parts])
+    return stacked if reduction is None else reduction(stacked)
 
 
 def _copied(state: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:

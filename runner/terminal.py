@@ -15,9 +15,9 @@ from rich.text import Text
 class Terminal:
     """Where a command says what it does: standard output, or standard error beside `--json`."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        """Write to standard output, or to standard error."""
-        self.console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
+        """Write to standard output, or to standard error, or nowhere."""
+        self.console = Console(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=True)
         self._logs: list[Console] = []
 
     def say(self, *lines: RenderableType) -> None:

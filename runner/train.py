@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from runner import plots
 from runner.batches import PRECISIONS
@@ -39,6 +41,7 @@ from runner.metrics import groupings, has_unit, labelled_components, quantity_of
 from runner.potentials import build_potential
 from runner.predictor import Predictor, passport
 from runner.prepare import default_data_dir, find_prepared
+from runner.processes import Place, Processes, together
 from runner.runs import read_rows
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
@@ -56,6 +59,7 @@ def train(
     command: Sequence[str],
     resume: Path | None = None,
     reproduces: Path | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train the potential of an experiment on its prepared dataset.
 
@@ -67,28 +71,44 @@ def train(
         command: that was given.
         resume: a run that goes on where it stopped, instead of a new one.
         reproduces: a run that the new one is to equal.
+        processes: that train together, if they have met already.
 
     Returns:
-        What `runner train --json` prints.
+        What `runner train --json` prints; nothing in other processes than the first.
     """
+    if processes is None:
+        with together(Place.of(require_train(config, config_file).trainer)) as processes:
+            return train(
+                config, config_file, data_dir, terminal, command, resume, reproduces, processes
+            )
+    if not processes.first:
+        return follow(processes)
     started = time.perf_counter()
     settings = require_train(config, config_file)
     dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir))
     loss = Loss(settings.loss, settings.stage, dataset.source_names)
     _check_data(settings, loss, dataset)
+    _strategy(settings.trainer.strategy, processes.place)  # refused before a run is made
     if resume is None:
         manifest = _manifest(settings, dataset, command)
         run = RunDirectory.create(config_file.parent, config, manifest, reproduces)
     else:
         run = RunDirectory.open(resume)
+    processes.at_end = lambda: run.finish("failed")
     with run.locked(), terminal.log_to(run.path / "log.txt"), _terminable():
         terminal.say(f"run {run.path}", f"dataset {dataset.path}")
-        done = None if resume is None else _resume(run, config, dataset, terminal)
+        done = None
+        if resume is not None:
+            done = _resume(run, config, dataset, terminal, processes.place.n)
+        task = {"run": str(run.path.resolve()), "dataset": str(dataset.path.resolve())}
+        processes.tell(task | {"done": done})
         tables = config.model_dump(mode="json", exclude_none=True)
         rows = _numbers(run.path / "metrics.csv", done or 0)
         try:
             with trackers(settings.logger, tables, run, rows, terminal.say) as loggers:
-                result = _train(settings, loss, dataset, run, terminal, done, loggers)
+                result = _train(
+                    settings, loss, dataset, run, terminal, done, processes.place, loggers
+                )
         except KeyboardInterrupt:
             run.finish("interrupted")
             saved = reproduces is None and any((run.path / "checkpoints").iterdir())
@@ -100,6 +120,19 @@ def train(
             raise
         run.finish("finished")
     return result | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def follow(processes: Processes) -> dict[str, Any]:
+    """Train with the first process, which tells what; read from where it wrote, write nothing."""
+    with _terminable():
+        task = processes.told()
+        run = RunDirectory(Path(task["run"]), {})
+        dataset, settings = PreparedDataset(Path(task["dataset"])), run.config().train
+        assert settings is not None
+        loss = Loss(settings.loss, settings.stage, dataset.source_names)
+        quiet = Terminal(quiet=True)
+        _train(settings, loss, dataset, run, quiet, task["done"], processes.place, [])
+    return {}
 
 
 MAY_CHANGE = (
@@ -117,8 +150,10 @@ MAY_CHANGE = (
 )
 
 
-def _resume(run: RunDirectory, config: Config, dataset: PreparedDataset, terminal: Terminal) -> int:
-    """Check that a run can go on with a config, and note it.
+def _resume(
+    run: RunDirectory, config: Config, dataset: PreparedDataset, terminal: Terminal, processes: int
+) -> int:
+    """Check that a run can go on with a config, on so many devices, and note it.
 
     Returns:
         How many epochs are done.
@@ -126,8 +161,7 @@ def _resume(run: RunDirectory, config: Config, dataset: PreparedDataset, termina
     Raises:
         ConfigError: it would be another training, or there is nothing left to do.
     """
-    before = run.config()
-    changed = differences(before, config)
+    changed = differences(run.config(), config)
     safe = {key for key in changed if key.startswith(MAY_CHANGE)}
     lines = [
         f"{key}: {_shown(was)} before, {_shown(now)} now" for key, (was, now) in changed.items()
@@ -143,14 +177,23 @@ def _resume(run: RunDirectory, config: Config, dataset: PreparedDataset, termina
             remedy="set it back, or train anew without --resume",
         )
     last = torch.load(run.path / "checkpoints" / LAST, weights_only=True, map_location="cpu")
-    done = int(last["training"]["epochs_done"])
+    done, batches = int(last["training"]["epochs_done"]), _batches_done(last)
+    before = 1 + len(last["training"].get("others", []))
+    if batches and before != processes:
+        raise ConfigError(
+            f"the run stopped within an epoch of {before} device{'s' * (before > 1)}, and can go "
+            f"on with {processes} only between two epochs",
+            where="train.trainer.devices, train.trainer.num_nodes",
+            allowed=f"{before} in all",
+            remedy=f"go on with {before} until an epoch is done",
+        )
     if config.train is not None and done >= config.train.epochs:
         raise ConfigError(
             f"the run has done all its {done} epochs",
             where="train.epochs",
             remedy=f"raise it to train on: --set train.epochs={2 * done}",
         )
-    terminal.say(f"goes on after {done} epochs and {_batches_done(last)} batches", *sorted(lines))
+    terminal.say(f"goes on after {done} epochs and {batches} batches", *sorted(lines))
     run.resumed(config, done, {key: list(values) for key, values in changed.items()})
     return done
 
@@ -218,6 +261,7 @@ def _train(
     run: RunDirectory,
     terminal: Terminal,
     done: int | None,
+    place: Place,
     loggers: Sequence[Logger],
 ) -> dict[str, Any]:
     """Fit, or go on after so many epochs; test from the best checkpoint, write what came out."""
@@ -248,7 +292,8 @@ def _train(
     terminal.say(f"potential {config.potential.name}, {weights} weights")
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
     compiled = _compiles(config, data, terminal)
-    run.note(compiled=sorted({*run.manifest.get("compiled", []), compiled}))
+    if place.rank == 0:
+        run.note(compiled=sorted({*run.manifest.get("compiled", []), compiled}))
     by = [] if config.metrics is None else config.metrics.by
     module = Training(
         potential,
@@ -262,7 +307,7 @@ def _train(
     )
     module.say, module.name_of = terminal.say, dataset.name_of
     try:
-        trainer = _trainer(config, run, terminal, done or 0, loggers)
+        trainer = _trainer(config, run, terminal, done or 0, place, loggers)
     except (MisconfigurationException, ValueError) as error:
         raise ConfigError(
             f"Lightning refuses the trainer: {error}",
@@ -270,8 +315,10 @@ def _train(
             remedy='accelerator = "auto" and strategy = "auto" work everywhere',
         ) from None
     _fit(trainer, module, data, None if done is None else run.path / "checkpoints" / LAST)
-    best = _best_epoch(run.path)
     test = _test(trainer, module, data, run, terminal)
+    if place.rank > 0:
+        return {}
+    best = _best_epoch(run.path)
     plots.learning_curves(run.path / "learning_curves.png", _curves(run.path / "metrics.csv"))
     return {
         "run": str(run.path),
@@ -347,16 +394,6 @@ def _check_data(config: TrainConfig, loss: Loss, dataset: PreparedDataset) -> No
             where="prepare.split.val",
             remedy="give it a share of the structures",
         )
-    if config.trainer.num_nodes > 1 or _several(config.trainer.devices):
-        raise ConfigError(
-            "training on several devices is not supported yet",
-            where="train.trainer",
-            allowed="devices = 1, num_nodes = 1",
-        )
-
-
-def _several(devices: int | str | list[int]) -> bool:
-    return devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1)
 
 
 def _manifest(
@@ -387,18 +424,23 @@ def _trainer(
     run: RunDirectory,
     terminal: Terminal,
     done: int,
+    place: Place,
     loggers: Sequence[Logger],
 ) -> lightning.Trainer:
     """Lightning's trainer for a run of which so many epochs are done."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # what it says at every start
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = config.trainer.model_dump()
-    settings["devices"] = 1 if settings["devices"] == "auto" else settings["devices"]
+    if settings["devices"] == "auto":
+        settings["devices"] = place.n_local
+    settings["num_nodes"] = place.n_nodes
+    settings["strategy"] = _strategy(settings["strategy"], place)
     if settings["accelerator"] == "auto":  # Apple's GPUs have no float64, which exact means need
         settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
     if config.precision == "bf16-mixed":  # of the others the data and the potential are
         settings["precision"] = config.precision
-    interactive = sys.stderr.isatty() and terminal.console.is_terminal
+    on_terminal = sys.stderr.isatty() and terminal.console.is_terminal
+    interactive = on_terminal and place.rank == 0
     return lightning.Trainer(
         **settings,
         max_epochs=config.epochs,
@@ -410,20 +452,55 @@ def _trainer(
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=int(_length_varies(config)),
         default_root_dir=run.path,
-        plugins=[WholeFiles()],
+        plugins=[WholeFiles(), *([place.environment] if place.n > 1 else [])],
         logger=[
             MetricsFile(run.path / "metrics.csv", done),
             TensorBoardLogger(run.path, name="", version=""),
             EpochLines(terminal, config, to_file=interactive),
             *loggers,
-        ],
+        ]
+        if place.rank == 0
+        else False,
         callbacks=[
             *([ProgressBar(console_kwargs={"stderr": True})] if interactive else []),
-            Interruptions(run.path / "checkpoints", terminal.say),
-            *checkpoints(run.path / "checkpoints", MONITOR, config.checkpoints),
+            Interruptions(run.path / "checkpoints", terminal.say, config.checkpoints.minutes),
+            *checkpoints(run.path / "checkpoints", MONITOR),
             *_early_stopping(config),
         ],
     )
+
+
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
+
+
+def _strategy(name: str, place: Place) -> str | DDPStrategy:
+    """How Lightning trains in several processes.
+
+    However long one process computes what the others wait for, that is no failure: it is noticed
+    elsewhere.
+
+    Raises:
+        ConfigError: forces cannot be trained that way.
+    """
+    if place.n == 1:
+        return name
+    if name not in STRATEGIES:
+        sharded = "fsdp" in name or "deepspeed" in name
+        why = (
+            ": it lets go of a layer's weights once they are used, and forces, which are a "
+            "derivative themselves, need them again"
+            if sharded
+            else ""
+        )
+        raise ConfigError(
+            f"several devices are not trained by the strategy {name}{why}",
+            where="train.trainer.strategy",
+            allowed=", ".join(STRATEGIES),
+            remedy='strategy = "auto"; every device then holds all weights, and its batches alone '
+            "decide how much memory it needs",
+        )
+    unused = name == "ddp_find_unused_parameters_true"
+    return DDPStrategy(find_unused_parameters=unused, timeout=timedelta(days=7))
 
 
 def _length_varies(config: TrainConfig) -> bool:
@@ -497,6 +574,9 @@ def _quiet() -> Iterator[None]:
             ".*does not have many workers.*",  # batches are made faster than workers hand them over
             ".*exists and is not empty.*",  # the run directory holds more than metrics.csv
             ".*LeafSpec.*is deprecated.*",  # between Lightning and torch
+            ".*sync_dist=True.*",  # what is logged is that of all processes already
+            ".*Grad strides do not match bucket view strides.*",  # of a matrix with one row
+            ".*callbacks used to create the checkpoint.*",  # one of 0.5.0 has another
         ):
             warnings.filterwarnings("ignore", message)
         yield
@@ -613,6 +693,8 @@ def _test(
         for name, value in module.latest["test"].items()
         if not name.startswith("test/loss/")
     }
+    if not trainer.is_global_zero:
+        return errors
     run.write_json("test_metrics.json", errors)
     rows = [(name, *_in_small_units(name, value)) for name, value in errors.items()]
     terminal.say(
@@ -643,7 +725,7 @@ def _parity_pairs(
     collected: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     potential = module.potential.eval()
     quantities = {*module.loss.labels, *module.config.measured}
-    for batch in data.loader("test"):
+    for batch in data.whole("test"):
         prediction = potential(batch.to(potential.device), **module.derivatives)
         for name in quantities:
             there = batch.to(potential.device)

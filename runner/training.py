@@ -17,10 +17,11 @@ from runner.compiled import CompiledStep, Step, StepResult
 from runner.config import PlateauConfig, TrainConfig
 from runner.errors import RunError
 from runner.fields import LABELS
-from runner.losses import Loss
+from runner.losses import Loss, Whole, over_processes
 from runner.metrics import Grouping, SplitMetrics
 from runner.optimization import Average, build_optimizer
 from runner.potentials import Potential
+from runner.processes import gathered
 
 MONITOR = "val/loss/total_loss"
 STRUCTURES_FOR_GRADIENTS = 8
@@ -100,7 +101,12 @@ class Training(lightning.LightningModule):
 
     def _step(self, batch: Batch, split: str) -> Tensor:
         weights = self._weights()
-        result = (self._learnt if split == "train" else self._measured)(batch, weights)
+        if split == "train":
+            alone = self.trainer.world_size == 1
+            whole = None if alone else over_processes(self.loss.counts(batch))
+            result = self._learnt(batch, weights, whole)
+        else:
+            result = self._measured(batch, weights)
         self._stop_if_not_finite(result, batch, split)
         self._metrics(split).update(result.sums, result.prediction, batch)
         return result.total
@@ -135,31 +141,38 @@ class Training(lightning.LightningModule):
         """Those of the loss's terms now."""
         return self.loss.weights_at(self.current_epoch, float(self.global_step))
 
-    def _learnt(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
+    def _learnt(
+        self, batch: Batch, weights: Mapping[str, float], whole: Whole | None = None
+    ) -> StepResult:
         """A step of the weights that are trained, with gradients."""
-        return self._result(self.compiled, self.step, batch, weights)
+        return self._result(self.compiled, self.step, batch, weights, whole)
 
     def _measured(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
         """What the weights that are kept predict."""
-        return self._result(self.evaluation, self.measured, batch, weights)
+        return self._result(self.evaluation, self.measured, batch, weights, None)
 
     def _result(
-        self, compiled: CompiledStep | None, step: Step, batch: Batch, weights: Mapping[str, float]
+        self,
+        compiled: CompiledStep | None,
+        step: Step,
+        batch: Batch,
+        weights: Mapping[str, float],
+        whole: Whole | None,
     ) -> StepResult:
         """What the compiled step gives, where there is one and it takes such a batch."""
         if compiled is None or not compiled.fits(batch):
-            return step(batch, weights)
+            return step(batch, weights, whole)
         if compiled.step.potential is not step.potential:
             compiled.use(step)
         try:
-            return compiled(batch, weights)
+            return compiled(batch, weights, whole)
         except RunError as error:
             if self.config.compile is True:
                 raise
             torch.set_num_threads(compiled.threads)
             self.compiled = self.evaluation = None
             self.say(f"steps are no longer compiled: {error.what}")
-            return step(batch, weights)
+            return step(batch, weights, whole)
 
     def _measure_gradients(self, batch: Batch) -> None:
         """Norm of the gradient of every term, with its weight, for some structures of a batch."""
@@ -225,6 +238,8 @@ class Training(lightning.LightningModule):
         weights = self.loss.weights_at(self.config.epochs - 1, math.inf)
         if split == "train":
             weights = self._weights()
+        if self.trainer.world_size > 1:
+            metrics.join(gathered)
         values = metrics.compute(self.loss, weights)
         metrics.reset()
         if f"{split}/loss/total_loss" not in values and split != "test":
@@ -361,24 +376,29 @@ class Training(lightning.LightningModule):
         checkpoint["runner"] = self.passport
         if self.average is not None and self.average.begun:
             _swap(checkpoint["state_dict"], *AVERAGED)
-        checkpoint["training"] = {
-            "epochs_done": self.epochs_done,
-            "random": random_states(),
-            "gradient_norms": {term: float(n) for term, n in self._gradient_norms.items()},
-            "metrics": self._metrics("train").state(),
-        }
+        norms = {term: float(norm) for term, norm in self._gradient_norms.items()}
+        metrics = self._metrics("train").state()
+        mine = {"random": random_states(), "metrics": metrics, "gradient_norms": norms}
+        first, *others = gathered(mine)
+        checkpoint["training"] = {"epochs_done": self.epochs_done, **first, "others": others}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where it was written."""
         if self.average is not None and int(checkpoint["state_dict"]["averaged.n_averaged"]):
             _swap(checkpoint["state_dict"], *AVERAGED)
         training = checkpoint["training"]
-        self.epochs_done, self._random = training["epochs_done"], training["random"]
-        if "waiting" in training["metrics"]:
-            self._metrics("train").set_state(training["metrics"])
+        self.epochs_done = training["epochs_done"]
+        mine, n = training, 1 + len(training.get("others", []))
+        if n == self.trainer.world_size and self.trainer.global_rank > 0:
+            mine = training["others"][self.trainer.global_rank - 1]
+        self._random = mine["random"]
+        if n != self.trainer.world_size:  # it is between two epochs, and nothing is added yet
+            return
+        if "waiting" in mine["metrics"]:
+            self._metrics("train").set_state(mine["metrics"])
         else:
             self.say("the checkpoint is one of version 0.5: what was measured of its epoch is lost")
-        self._gradient_norms = dict(training.get("gradient_norms", {}))
+        self._gradient_norms = dict(mine.get("gradient_norms", {}))
 
 
 def _swap(weights: dict[str, Tensor], one: str, other: str) -> None:

@@ -53,6 +53,7 @@ FLOORS: dict[str, int] = {
     "runner.foreign": 1,
     "runner.optimization": 2,
     "runner.checkpoints": 3,
+    "runner.processes": 3,
     "runner.metrics": 2,
     "runner.conformance": 2,
     "runner.potentials": 2,

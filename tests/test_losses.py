@@ -179,7 +179,8 @@ def _gradients(loss: Loss, batch: Batch) -> list[torch.Tensor]:
     scale = torch.tensor([1.3, 0.7], dtype=torch.float64, requires_grad=True)
     labels = {name: torch.nan_to_num(label) for name, label in batch.labels.items()}
     prediction = {name: scale[0] * label + scale[1] for name, label in labels.items()}
-    sums = over_processes(loss.sums(prediction, batch))
+    sums, whole = loss.sums(prediction, batch), over_processes(loss.counts(batch))
+    sums = sums if whole is None else whole.part(sums)
     total = loss.weighted({name: s.mean for name, s in sums.items()}, loss.weights_at(0))
     return list(torch.autograd.grad(total, scale))
 

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-SHORTEST, POTENTIAL, TRAINING, LOSSES, BATCHES = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+SHOWN = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+SHORTEST, POTENTIAL, TRAINING, DEVICES, LOSSES, BATCHES = SHOWN
 (OWN_LOSS,) = re.findall(r"```python\n(class Angle.*?)```", README, re.DOTALL)
 CHARGED = SHORTEST.replace("forces =", 'total_charge = { key = "total_charge" }\nforces =', 1)
 WITH_POTENTIAL = CHARGED.replace('[train.potential]\nname = "painn"\n', POTENTIAL)
@@ -53,6 +54,13 @@ def test_the_configs_that_are_shown_prepare_and_train(
     assert prepared["fit"]["rank"] == 4
     result = train(config, config_file, tmp_path / "prepared", Terminal(), [])
     assert set(result["test"]) >= {"energy_mae", "forces_mae"}
+
+
+def test_the_devices_that_are_shown_are_a_config(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(SHORTEST + DEVICES)
+    config = load_config(tmp_path / "config.toml")
+    assert config.train is not None
+    assert config.train.trainer.devices == 4
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/config.toml")), ids=str)

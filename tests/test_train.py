@@ -216,12 +216,6 @@ def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
         train(config, config_file, folder, Terminal(), [])
 
 
-def test_several_devices_are_refused(tmp_path: Path) -> None:
-    config, config_file, folder = _prepared(tmp_path, "train.trainer.devices=2")
-    with pytest.raises(ConfigError, match="several devices is not supported yet"):
-        train(config, config_file, folder, Terminal(), [])
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path: Path) -> None:
     config, config_file, folder = _prepared(tmp_path, "train.optimizer.lr=1e18")
     with pytest.raises(RunError) as caught:
