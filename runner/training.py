@@ -206,6 +206,12 @@ class Training(lightning.LightningModule):
         self._write(row | self._finish("train") | self.latest["val"])
         self.latest["train"] |= times
         self.epochs_done = self.current_epoch + 1
+        plateau = self.lr_schedulers()
+        if isinstance(plateau, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            plateau.step(self.trainer.callback_metrics[MONITOR])
+
+    def lr_scheduler_step(self, *_: Any) -> None:
+        """Nothing: Lightning would take it after the epoch's checkpoint, which would lack it."""
 
     def _times(self) -> dict[str, float]:
         """Seconds that training waited for batches, and computed; structures a second."""

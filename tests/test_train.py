@@ -370,6 +370,17 @@ def test_averaged_weights_are_measured_and_kept(tmp_path: Path, name: str) -> No
     assert float(last["val/forces_mae"]) == pytest.approx(error, rel=1e-4)
 
 
+def test_a_plateau_goes_on_after_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plateau = "train.schedule={patience=1, min_lr=0.0}"
+    settings = ("train.epochs=6", "train.optimizer.lr=1e-6", plateau)
+    whole = _run(write_experiment(tmp_path / "whole"), *settings)
+    rates = [float(row["lr"]) for row in _rows(whole) if row["lr"]]
+    assert rates == pytest.approx([1e-6, 1e-6, 1e-6, 5e-7, 5e-7, 2.5e-7])
+    config_file = write_experiment(tmp_path / "stopped")
+    run = _stopped_at(monkeypatch, config_file, 11, *settings)  # the last step of the second epoch
+    assert _numbers(_resume(config_file, run, *settings)) == _numbers(whole)
+
+
 def test_the_rate_follows_schedule_and_stages(tmp_path: Path) -> None:
     settings = (
         'train.schedule={name="linear", warmup=1.0, end=0.5}',
