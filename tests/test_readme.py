@@ -64,7 +64,8 @@ def test_the_devices_that_are_shown_are_a_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/config.toml")), ids=str)
-def test_every_experiment_has_a_valid_config(path: Path) -> None:
+def test_every_experiment_has_a_valid_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNP_DATA", "/where/the/data/is")
     assert load_config(path).train is not None
 
 
