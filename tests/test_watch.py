@@ -9,6 +9,7 @@ import math
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -259,10 +260,20 @@ def test_a_value_that_is_zero_is_drawn(run: Path) -> None:
     assert "forces MAE, meV/Å" in "\n".join(_drawn(run, 80, 24))
 
 
+def _read_until(terminal: int, text: bytes) -> bytes:
+    found = b""
+    while not re.search(text, found):
+        ready, _, _ = select.select([terminal], [], [], 60)
+        assert ready, f"nothing more after {found[-200:]!r}"
+        found += os.read(terminal, 65536)
+    return found
+
+
 def test_on_a_terminal_it_draws_until_the_run_ends_and_torch_is_not_imported(run: Path) -> None:
     _note(run, "running")
     script = (
-        "import sys, time\nfrom runner import runs, cli, watch\nwatch.PERIOD = 0.05\n"
+        "import signal, sys\nfrom runner import cli, watch\nwatch.PERIOD = 0.05\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # may be ignored: a job
         f"sys.argv = ['runner', 'watch', {str(run)!r}]\n"
         "try:\n    cli.main()\nfinally:\n"
         "    slow = {'torch', 'lightning', 'zarr', 'sklearn', 'matplotlib', 'pint'}\n"
@@ -275,15 +286,11 @@ def test_on_a_terminal_it_draws_until_the_run_ends_and_torch_is_not_imported(run
             [sys.executable, "-c", script], stdout=second, stderr=second, env=environment
         )
         os.close(second)
-        drawn = b""
-        while b"after 8 of 20" not in drawn:
-            drawn += os.read(main, 65536)
+        drawn = _read_until(main, b"after 8 of 20")
         _write_rows(run, [_row(epoch) for epoch in range(9)])
-        while b"after 9 of 20" not in drawn:
-            drawn += os.read(main, 65536)
+        drawn += _read_until(main, b"after 9 of 20")
         process.send_signal(signal.SIGINT)
-        while b"imported: " not in drawn:
-            drawn += os.read(main, 65536)
+        drawn += _read_until(main, rb"imported: .*\]")
     os.close(main)
     assert process.wait() == 0
     text = drawn.decode()
