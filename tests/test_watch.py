@@ -291,9 +291,10 @@ def test_on_a_terminal_it_draws_until_the_run_ends_and_torch_is_not_imported(run
         drawn += _read_until(main, b"after 9 of 20")
         process.send_signal(signal.SIGINT)
         drawn += _read_until(main, rb"imported: .*\]")
+        code = process.wait(60)
     os.close(main)
-    assert process.wait() == 0
     text = drawn.decode()
+    assert code == 0, text
     assert "\x1b[" in text
     assert "no longer watched; the run goes on" in text
     assert "imported: []" in text
