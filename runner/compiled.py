@@ -194,14 +194,10 @@ class CompiledStep:
 
         parts = self._parts(batch)
         found = list(self._pool.map(run, parts))
-        total, sums, prediction, gradients = self._layout.joined(found)
-        if not self.learns:
-            return StepResult(total, sums, prediction)
-        return StepResult(
-            _Given.apply(total, gradients, *self._parameters.values()),  # type: ignore[no-untyped-call]
-            sums,
-            prediction,
-        )
+        total, sums, prediction, gradient = self._layout.joined(found)
+        if gradient is not None:
+            total = _Given.apply(total, gradient, *self._parameters.values())  # type: ignore[no-untyped-call]
+        return StepResult(total, sums, prediction)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """The batch in an even number of parts, or as it is, on other devices or if it is small."""
@@ -236,13 +232,13 @@ class CompiledStep:
             sums = self.step.loss.sums(prediction, here)
             weighted = zip(sorted(sums), given[n_state].unbind(), strict=True)
             total = torch.stack([factor * sums[name].total for name, factor in weighted]).sum()
-            gradients: Sequence[Tensor] = ()
+            self._layout = _Layout(list(sums), list(prediction))
+            packed = self._layout.pack(StepResult(total, sums, prediction))
             if self.learns:
                 gradients = torch.autograd.grad(
                     total, parameters, allow_unused=True, materialize_grads=True
                 )
-            self._layout = _Layout(list(sums), list(prediction))
-            packed = self._layout.pack(StepResult(total, sums, prediction), gradients)
+                packed.append(torch.cat([gradient.flatten() for gradient in gradients]))
             return [tensor.detach() for tensor in packed]
 
         with _shapes_unchecked():
@@ -338,16 +334,16 @@ class _Layout:
     terms: list[str]
     quantities: list[str]
 
-    def pack(self, result: StepResult, gradients: Sequence[Tensor]) -> list[Tensor]:
+    def pack(self, result: StepResult) -> list[Tensor]:
         sums = [
             t for name in self.terms for t in (result.sums[name].total, result.sums[name].count)
         ]
-        return [result.total, *sums, *result.prediction.values(), *gradients]
+        return [result.total, *sums, *result.prediction.values()]
 
     def joined(
         self, parts: Sequence[list[Tensor]]
-    ) -> tuple[Tensor, dict[str, Sum], dict[str, Tensor], list[Tensor]]:
-        """Sums and gradients added up, predictions one after the other."""
+    ) -> tuple[Tensor, dict[str, Sum], dict[str, Tensor], Tensor | None]:
+        """Sums and gradients, if there are any, added up, predictions one after the other."""
         first = 1 + 2 * len(self.terms)
         last = first + len(self.quantities)
         numbers = torch.stack([torch.stack(part[:first]) for part in parts]).sum(0).unbind()
@@ -355,26 +351,30 @@ class _Layout:
         sums = {name: Sum(*pair) for name, pair in zip(self.terms, pairs, strict=True)}
         rows = zip(*(part[first:last] for part in parts), strict=True)
         predicted = {n: torch.cat(r) for n, r in zip(self.quantities, rows, strict=True)}
-        gradients = parts[0][last:]
-        for part in parts[1:] if gradients else ():
-            torch._foreach_add_(gradients, part[last:])
-        return numbers[0], sums, predicted, gradients
+        gradient = None
+        if len(parts[0]) > last:
+            gradient = parts[0][last]
+            for part in parts[1:]:
+                gradient += part[last]
+        return numbers[0], sums, predicted, gradient
 
 
 class _Given(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradient is known already, that of all parameters one after the other."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        ctx.wanted = [parameter.requires_grad for parameter in parameters]
+    def forward(ctx: Any, total: Tensor, gradient: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.gradient, ctx.parameters = gradient, parameters
         return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         (slope,) = slopes
-        scaled = torch._foreach_mul(ctx.gradients, slope)
-        given = [g if wanted else None for g, wanted in zip(scaled, ctx.wanted, strict=True)]
+        parts = (slope * ctx.gradient).split([parameter.numel() for parameter in ctx.parameters])
+        given = [
+            part.view_as(parameter) if parameter.requires_grad else None
+            for part, parameter in zip(parts, ctx.parameters, strict=True)
+        ]
         return None, None, *given
 
 

@@ -126,6 +126,50 @@ def test_it_beats_a_linear_model_fivefold(tmp_path: Path, data: str, potential: 
     assert FEWER_TIMES * ours < linear
 
 
+EXPERIMENTS = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "experiments").glob("*/config.toml")
+    if "$NNP_DATA" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.parent.name)
+def test_an_experiment_on_real_data_runs(
+    tmp_path: Path, experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["train.epochs=1", "train.data.train_size=64", "train.potential.features=8"]
+    result, dataset = _experiment(tmp_path, experiment, short, monkeypatch)
+    assert len(dataset) > 1000
+    assert result["test"]["forces_mae"] < 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.parent.name)
+def test_an_experiment_on_real_data_beats_a_linear_model_tenfold(
+    tmp_path: Path, experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, dataset = _experiment(tmp_path, experiment, ["train.epochs=20"], monkeypatch)
+    linear = linear_forces_error(dataset)
+    ours = result["test"]["forces_mae"]
+    print(f"{experiment.parent.name}: {1e3 * ours:.1f} meV/Å, linear {1e3 * linear:.1f}")
+    assert 2 * FEWER_TIMES * ours < linear
+
+
+def _experiment(
+    folder: Path, experiment: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Mapping[str, Any], PreparedDataset]:
+    """Train one of the experiments with some keys changed, uncompiled."""
+    if not DATA.is_dir():
+        pytest.skip(f"there is no {DATA}")
+    monkeypatch.setenv("NNP_DATA", str(DATA))
+    file = folder / "config.toml"
+    file.write_text(experiment.read_text())
+    config = load_config(file, ["train.compile=false", *settings])
+    prepared = prepare(config, folder / "prepared", Terminal())
+    result = train(config, file, folder / "prepared", Terminal(), [])
+    return result, PreparedDataset(Path(prepared["dataset"]))
+
+
 def _trained(folder: Path, data: str, potential: str) -> tuple[Mapping[str, Any], PreparedDataset]:
     file = next(iter(sorted(path.name for path in (DATA / data).glob("*.npz"))), "")
     text = CONFIG.format(

@@ -4,7 +4,8 @@ The work: PaiNN of bench_step.py on 1,890 small molecules (of RUNNER_BENCH_G2, a
 with energies and forces, or made-up ones) in batches of 64, 210 more for the validation. A run is
 started twice, with few and with many epochs: what more epochs take, divided by their number, is an
 epoch with everything in it: batches, metrics, validation, logs, checkpoints. What is left of the
-short run is the time to start and to end. Bare steps are measured before and after, in turns.
+short run is the time to start and to end. A third run tells when its first step is done, from the
+start of the process. Bare steps are measured before and after, in turns.
 """
 
 from __future__ import annotations
@@ -53,15 +54,38 @@ reduction = "atom"
 accelerator = "cpu"
 """
 
+FIRST_STEP = """
+import os, time
+from runner.cli import main
+from runner.training import Training
+def end(*_):
+    print(time.perf_counter(), flush=True)
+    os._exit(0)
+Training.on_train_batch_end = end
+main()
+"""
+
+
+def command(folder: Path, mode: str, epochs: int) -> list[str]:
+    """The words behind `python`."""
+    compiled = str(mode == "compiled").lower()
+    settings = [f"train.epochs={epochs}", f"train.compile={compiled}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    return ["train", str(folder), "--json", *words]
+
+
+def first_step(folder: Path, mode: str) -> float:
+    """Seconds from the start of the process to the end of its first step."""
+    start = time.perf_counter()  # all processes have the same clock
+    words = [sys.executable, "-c", FIRST_STEP, *command(folder, mode, 1)]
+    return float(subprocess.run(words, check=True, capture_output=True).stdout) - start
+
 
 def train(folder: Path, mode: str, epochs: int) -> float:
     """Seconds that the command takes."""
-    compiled = str(mode == "compiled").lower()
-    settings = [f"train.epochs={epochs}", f"train.compile={compiled}"]
-    command = [sys.executable, "-m", "runner", "train", str(folder), "--json"]
-    command += [word for setting in settings for word in ("--set", setting)]
+    words = [sys.executable, "-m", "runner", *command(folder, mode, epochs)]
     start = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if json.loads(done.stdout)["epochs"] != epochs:
         raise RuntimeError(f"not {epochs} epochs:\n{done.stdout}")
@@ -94,6 +118,7 @@ def main() -> None:
         rates: dict[str, list[float]] = {mode: [] for mode in EPOCHS}
         epochs: dict[str, list[float]] = {mode: [] for mode in EPOCHS}
         rest: dict[str, list[float]] = {mode: [] for mode in EPOCHS}
+        first: dict[str, list[float]] = {mode: [] for mode in EPOCHS}
         for _ in range(ROUNDS):
             for mode, (few, many) in EPOCHS.items():
                 rates[mode].append(bare[mode].rate())
@@ -101,6 +126,7 @@ def main() -> None:
                 rates[mode].append(bare[mode].rate())
                 epochs[mode].append((long - short) / (many - few))
                 rest[mode].append(short - few * epochs[mode][-1])
+                first[mode].append(first_step(folder, mode))
         for step in bare.values():
             step.close()
     print(f"PaiNN, {N_TRAIN} + {N_VAL} structures, batches of {BATCH}, {cores} threads")
@@ -109,6 +135,7 @@ def main() -> None:
         print(
             f"  {mode:9} bare step {rate:6,.0f} structures/s; an epoch {epoch:.2f} s, "
             f"{N_TRAIN / epoch:6,.0f} trained structures/s, {N_TRAIN / epoch / rate:.0%}; "
+            f"first step done after {statistics.median(first[mode]):.1f} s, "
             f"start and end {statistics.median(rest[mode]):.1f} s"
         )
 
