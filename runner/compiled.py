@@ -9,11 +9,21 @@ The eager step stays the reference; it also takes the batches that are too small
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
+import json
 import math
+import os
+import pickle
+import platform
+import shutil
+import sys
+import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -159,14 +169,41 @@ class CompiledStep:
         Raises:
             RunError: it cannot be compiled, or is wrong.
         """
-        graph, inputs = self._trace(self._state(), self._factors(batch, weights), batch)
         on_cpu = ON_CPU if batch.positions.device.type == "cpu" else {}
-        for options in LIBERTIES:
-            self._function = _compiled(graph, inputs, options | on_cpu)
+        traced: tuple[Any, list[Tensor]] | None = None
+        for options in (liberties | on_cpu for liberties in LIBERTIES):
+            place = self._place(batch, options)
+            known = None if place is None else _load(place, options)
+            if known is None:
+                factors = self._factors(batch, weights)
+                traced = traced or self._trace(self._state(), factors, batch)
+                self._function = _compiled(*traced, options)
+                if place is not None:
+                    assert self._layout is not None
+                    _keep(place, self._function, self._layout)
+            else:
+                self._function, self._layout = known
             wrong = self._compare(batch, weights)
             if not wrong:
                 return
         raise _is_wrong(wrong)
+
+    def _place(self, batch: Batch, options: Mapping[str, Any]) -> Path | None:
+        """Where the program is kept; None if it is made by code that may change unnoticed."""
+        step, state = self.step, self._state()
+        inputs = {id(t): [0, *t.shape] for t in (*self._parameters.values(), *state)}
+        inputs |= {id(t): _symbols(name, t) for name, t in _tensors(batch).items()}
+        made_of = [
+            *(step.potential, step.loss, step.derivatives, self.learns, self.incomplete, batch),
+            *(dict(options), _machine(), torch.are_deterministic_algorithms_enabled()),
+            *(torch.get_default_dtype(), torch.get_float32_matmul_precision()),
+        ]
+        text = io.BytesIO()
+        try:
+            _Pickler(text, inputs).dump(made_of)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return None
+        return _programs() / hashlib.sha256(text.getvalue()).hexdigest()[:32]
 
     def _state(self) -> list[Tensor]:
         """Weights and what else the potential holds."""
@@ -313,18 +350,107 @@ def _compiled(graph: Any, inputs: Sequence[Tensor], options: Mapping[str, Any]) 
     """
     with _shapes_unchecked(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch about itself
-        from torch._inductor import config  # takes a second to import
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor import config, standalone_compile  # takes a second to import
 
         try:
             with torch.no_grad(), config.patch(dict(options)):
-                return compile_fx(graph, list(inputs))
+                return standalone_compile(graph, list(inputs))
         except Exception as error:  # compilers fail in many ways
             raise RunError(
                 f"the training step cannot be compiled: {str(error).strip().splitlines()[0]}",
                 where="train.compile",
                 remedy="set it to false; on a CPU a C++ compiler such as g++ is needed",
             ) from error
+
+
+class _Pickler(pickle.Pickler):
+    """Writes what a program is made of: everything but the numbers that it is given.
+
+    Raises:
+        pickle.PicklingError: some of it is code of neither this package, torch nor Python, of which
+            the installed version tells nothing.
+    """
+
+    def __init__(self, file: io.BytesIO, inputs: Mapping[int, Sequence[int]]) -> None:
+        """Write to a file.
+
+        Args:
+            file: to write to.
+            inputs: the shape of each tensor that the program is given, by its `id`.
+        """
+        super().__init__(file, protocol=5)
+        self.inputs = inputs
+
+    def persistent_id(self, obj: object) -> Any:
+        """Describe a tensor; and a set, whose order is another one in each process."""
+        if isinstance(obj, set | frozenset):
+            return ("set", *sorted(repr(element) for element in obj))
+        if not isinstance(obj, Tensor):
+            return None
+        kind = (str(obj.dtype), str(obj.device), type(obj).__name__, obj.requires_grad)
+        if id(obj) in self.inputs:
+            return (*kind, *self.inputs[id(obj)])
+        return (*kind, tuple(obj.shape), obj.detach().cpu().numpy().tobytes())
+
+    def reducer_override(self, obj: object) -> Any:
+        """Refuse code that may change unnoticed."""
+        if isinstance(obj, type) or callable(obj):
+            root = (getattr(obj, "__module__", None) or "").partition(".")[0]
+            if root not in {"runner", "torch", "jaxtyping"} | sys.stdlib_module_names:
+                raise pickle.PicklingError(f"{obj} is of {root}")
+        return NotImplemented
+
+
+def _machine() -> list[str]:
+    """The versions of everything that makes a program, and the processor that it is made for."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    processor = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor += sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    settings = [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name == "CXX" or (name.startswith("TORCH") and not name.endswith("CACHE_DIR"))
+    ]
+    return [code.hexdigest(), sys.version, torch.__version__, *processor, *settings]
+
+
+def _programs() -> Path:
+    """The folder in which programs are kept, beside Inductor's own."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "runner"
+
+
+def _load(place: Path, options: Mapping[str, Any]) -> tuple[Any, _Layout] | None:
+    """A program that is kept, and how its results lie; None if there is none that can be read."""
+    if not place.is_dir():
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch about itself
+        from torch._inductor import config
+        from torch._inductor.standalone_compile import CompiledArtifact
+
+        try:
+            layout = _Layout(**json.loads((place / "layout.json").read_text(encoding="utf-8")))
+            with torch.no_grad(), config.patch(dict(options)):
+                return CompiledArtifact.load(path=str(place / "program")), layout
+        except Exception:  # whatever is wrong with it, it can be made again
+            shutil.rmtree(place, ignore_errors=True)
+            return None
+
+
+def _keep(place: Path, program: Any, layout: _Layout) -> None:
+    """Keep a program for the next training, if it can be written."""
+    with contextlib.suppress(Exception):  # a training goes on without
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, ignore_cleanup_errors=True) as aside:
+            program.save(path=f"{aside}/program")
+            Path(aside, "layout.json").write_text(json.dumps(asdict(layout)), encoding="utf-8")
+            Path(aside).rename(place)
 
 
 @dataclass(frozen=True)
@@ -417,10 +543,16 @@ def _batch(like: Batch, tensors: Mapping[str, Tensor]) -> Batch:
     return replace(like, **plain, labels=labels, labelled=labelled)
 
 
+def _symbols(name: str, tensor: Tensor) -> list[int]:
+    """The shape of a tensor of a batch, -1 for its number of structures, atoms or pairs."""
+    sizes = list(tensor.shape)
+    sizes[1 if name == "half_pairs" else 0] = -1
+    return sizes
+
+
 def _symbolic(mode: FakeTensorMode, name: str, tensor: Tensor) -> Tensor:
     """A stand-in whose number of structures, atoms or pairs is a symbol."""
-    sizes = [DimDynamic.STATIC] * tensor.dim()
-    sizes[1 if name == "half_pairs" else 0] = DimDynamic.DYNAMIC
+    sizes = [DimDynamic.DYNAMIC if n < 0 else DimDynamic.STATIC for n in _symbols(name, tensor)]
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 

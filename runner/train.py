@@ -347,8 +347,8 @@ def _compiles(config: TrainConfig, data: PreparedDataModule, terminal: Terminal)
         return False
     threads = torch.get_num_threads()
     terminal.say(
-        f"training steps are compiled, which takes 10 to 90 s, and computed in parts by {threads} "
-        f"thread{'s' * (threads != 1)}"
+        "training steps are compiled, which takes 10 to 90 s the first time, and computed in parts "
+        f"by {threads} thread{'s' * (threads != 1)}"
         if on_cpu
         else "training steps are compiled, which takes a minute or two"
     )

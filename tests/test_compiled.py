@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,13 @@ pytestmark = [
 ]
 
 CUTOFF = 4.0
+
+
+@pytest.fixture(autouse=True)
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where programs are kept: nowhere, when a test begins."""
+    monkeypatch.setattr(compiled_module, "_programs", lambda: tmp_path / "programs")
+    return tmp_path / "programs"
 
 
 def _step(name: str, loss: dict[str, dict[str, object]]) -> Step:
@@ -216,9 +227,102 @@ def test_a_wrong_compilation_is_noticed_and_another_one_tried(
 
 
 def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise OSError("no g++ here\nlong story")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fails)
     with pytest.raises(RunError, match=r"cannot be compiled: no g\+\+ here(.|\n)*C\+\+ compiler"):
         CompiledStep(_step("painn", {"energy": {}}))(_two(), {"energy": 1.0})
+
+
+def _result(step: Step) -> list[torch.Tensor]:
+    """The loss and its gradients by a compiled step that is new."""
+    result = CompiledStep(step)(_two(), {"energy": 2.0})
+    weights = [p for p in step.potential.parameters() if p.requires_grad]
+    return [result.total, *torch.autograd.grad(result.total, weights, allow_unused=True)]
+
+
+def test_a_program_is_kept_for_other_weights_and_gives_the_same_to_the_bit(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, other = (_step("painn", {"energy": {}}) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.potential.parameters():
+            parameter.mul_(1.5)
+    expected = [_result(step), _result(other)]
+    assert not torch.equal(expected[0][0], expected[1][0])
+    (kept,) = programs.iterdir()
+    made: list[Any] = []
+    make = compiled_module._compiled
+    monkeypatch.setattr(compiled_module, "_compiled", lambda *given: made.append(1) or make(*given))
+    for one, numbers in zip((step, other), expected, strict=True):
+        found = _result(one)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, numbers, strict=True))
+    assert not made
+    program = kept / "program"
+    for damaged in (program.read_bytes()[:-100], b"", b"no program"):
+        program.write_bytes(damaged)
+        assert torch.equal(_result(step)[0], expected[0][0])
+        assert made.pop()
+    (kept / "layout.json").unlink()
+    _result(step)
+    assert made.pop()
+    assert list(programs.iterdir()) == [kept]
+
+
+class OfOnesOwn(torch.nn.Module):
+    """A class outside the package, whose code may change."""
+
+
+def test_a_program_is_known_by_all_that_it_is_made_of() -> None:
+    def place(step: Step, batch: Batch, incomplete: tuple[str, ...] = (), **more: Any) -> Any:
+        return CompiledStep(step, incomplete, **more)._place(batch, {"cpp.threads": 1})
+
+    batch = _two()
+    step = _step("painn", {"energy": {}, "forces": {}})
+    known = place(step, batch)
+    torch.manual_seed(1)
+    again = _step("painn", {"energy": {}, "forces": {}})
+    for parameter in again.potential.parameters():
+        torch.nn.init.normal_(parameter.data)
+    larger = Block.of(random_structures([5, 4, 6]), CUTOFF).batch()
+    assert place(again, larger) == known  # neither weights nor sizes of batches matter
+    for changed in (
+        place(_step("schnet", {"energy": {}, "forces": {}}), batch),
+        place(_step("painn", {"energy": {}, "forces": {"error": "huber"}}), batch),
+        place(step, batch, ("forces",)),
+        place(step, batch, learns=False),
+        place(step, replace(batch, cell=torch.eye(3).repeat(2, 1, 1))),
+        place(Step(again.potential.double(), again.loss, again.derivatives), batch),
+    ):
+        assert changed not in (known, None)
+    step.potential.readouts = OfOnesOwn()
+    assert place(step, batch) is None
+
+
+def test_a_constant_of_a_potential_is_part_of_what_a_program_is_known_by() -> None:
+    places = set()
+    for constant in (1.0, 2.0, torch.tensor([1.0]), torch.tensor([2.0])):
+        step = _step("painn", {"energy": {}})
+        step.potential.of_this_test = constant  # type: ignore[assignment]
+        places.add(CompiledStep(step)._place(_two(), {}))
+    assert len(places) == 4
+
+
+def test_a_program_is_known_by_the_same_name_in_every_process() -> None:
+    code = (
+        "import test_compiled as t; from runner.compiled import CompiledStep;"
+        "print(CompiledStep(t._step('painn', {'energy': {}}))._place(t._two(), {}).name)"
+    )
+    names = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(names) == 1
