@@ -50,7 +50,7 @@ weight = 10.0
 [train.optimizer]
 lr = 2e-3
 [train.schedule]
-patience = 4
+name = "cosine"
 [train.trainer]
 accelerator = "cpu"
 """
