@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
@@ -26,6 +28,12 @@ from runner.processes import agreed
 LAST, BEST = "last.ckpt", "best.ckpt"
 AT_ONCE = 2  # checkpoints that wait in memory for being written
 STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is SLURM's, if it is asked
+
+
+def last_checkpoint(run: Path) -> Path:
+    """What a run goes on from: its last checkpoint, or the best one, if the last is not there."""
+    last, best = (run / "checkpoints" / name for name in (LAST, BEST))
+    return best if best.is_file() and not last.is_file() else last
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -79,11 +87,16 @@ class WholeFiles(TorchCheckpointIO):
 def _write(file: Path, content: io.BytesIO) -> None:
     """Aside, in the same folder, and rename."""
     aside = file.with_name(f".{file.name}.part")
-    with aside.open("wb") as stream:
-        stream.write(content.getbuffer())
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
+    try:
+        with aside.open("wb") as stream:
+            stream.write(content.getbuffer())
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def checkpoints(folder: Path, monitor: str) -> list[Callback]:
@@ -107,6 +120,28 @@ class Resumable(ModelCheckpoint):
         scores = state["best_k_models"].items()
         state["best_k_models"] = {here(path): score for path, score in scores}
         super().load_state_dict(state)
+
+
+class EarlyStopping(callbacks.EarlyStopping):
+    """Ends a training that no longer gets better: also one that goes on after it has been ended.
+
+    Lightning would train on, and be as patient as before, whatever the config says now.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on, as patient as the config says."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+        if not has_ended(state_dict, self.patience):
+            self.stopping_reason_message = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Train no more, where the training has been ended."""
+        trainer.should_stop = trainer.should_stop or self.stopping_reason_message is not None
+
+
+def has_ended(state: Mapping[str, Any], patience: int) -> bool:
+    """Whether early stopping that is so patient has ended a training, as its state says."""
+    return state["stopping_reason_message"] is not None and state["wait_count"] >= patience
 
 
 def may_stop_after(trainer: lightning.Trainer, batch_idx: int) -> bool:

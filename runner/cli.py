@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import tempfile
@@ -26,6 +27,15 @@ app = typer.Typer(
 )
 
 LATEST = "latest"
+
+OF_THE_MACHINE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or ask for a larger quota",
+    errno.EROFS: "give a folder that can be written",
+    errno.EACCES: "give a folder or file that you may read and write",
+    errno.EIO: "the disk or the network may be at fault",
+}
+"""What a machine refuses, whatever the program does, and the remedy."""
 
 Experiment = Annotated[Path, typer.Argument(help="Directory with a config.toml, or a TOML file.")]
 Settings = Annotated[
@@ -138,7 +148,7 @@ def watch(
     if as_json:
         _print_json(verb.latest(run), wanted=True)
     else:
-        verb.watch(run, Terminal(), once=once)
+        verb.watch(run, Terminal(lasting=False), once=once)
 
 
 @app.command(short_help="Train a run again, and compare.")
@@ -244,6 +254,9 @@ def main() -> None:
             print("interrupted", file=sys.stderr)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+            print(f"error: {_refused(error)}", file=sys.stderr)
+            sys.exit(2)
         with tempfile.NamedTemporaryFile(
             "w", prefix="runner-traceback-", suffix=".txt", delete=False
         ) as file:
@@ -254,3 +267,11 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+
+
+def _refused(error: OSError) -> InputError:
+    """The error that tells of it."""
+    remedy = OF_THE_MACHINE[error.errno or 0]
+    if sys.argv[1:2] == ["train"]:
+        remedy += "; a run that has a checkpoint goes on from it with --resume"
+    return InputError(error.strerror or "", where=str(error.filename or ""), remedy=remedy)

@@ -1638,7 +1638,8 @@ def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
     """Paths are relative to the file they stand in; `$NAME` is an environment variable."""
 
     def here(path: str) -> str:
-        return str(folder / _with_variables(path, folder))
+        file = folder / _with_variables(path, folder)
+        return str(file.parent.resolve() / file.name)  # without the "..", whose folders may go
 
     prepare = tables.get("prepare")
     sources = prepare.get("source") if isinstance(prepare, dict) else None

@@ -80,7 +80,7 @@ class RunDirectory:
                 where="--resume",
                 allowed="a run directory, such as experiments/quickstart/runs/latest",
             )
-        if not (path / "checkpoints" / "last.ckpt").is_file():
+        if not any((path / "checkpoints" / name).is_file() for name in ("last.ckpt", "best.ckpt")):
             raise RunError(
                 f"the run {path} has no checkpoint to go on from",
                 where=str(path / "checkpoints" / "last.ckpt"),
@@ -99,10 +99,18 @@ class RunDirectory:
 
     def resumed(self, config: Config, epochs_done: int, changed: Mapping[str, Any]) -> None:
         """Note that the run goes on, with a config that may differ."""
+        before = (self.path / "config.toml").read_text(encoding="utf-8")
+        self._before = before, self.manifest
         self._write("config.toml", resolved_toml(config))
         at = datetime.now(UTC).astimezone().isoformat(timespec="seconds")
         entry = {"at": at, "epochs_done": epochs_done, "changed": dict(changed)}
         self.note(status="running", resumed=[*self._manifest.get("resumed", []), entry])
+
+    def as_before(self) -> None:
+        """Take back that the run goes on, where it could not."""
+        text, self._manifest = self._before
+        self._write("config.toml", text)
+        self.note()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -79,6 +82,31 @@ def passport(
     }
 
 
+def read_checkpoint(file: Path, device: str = "cpu") -> dict[str, Any]:
+    """What a checkpoint holds, once its checksums are known to be right, which torch ignores.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    try:
+        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            content: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+            return content
+        how = f"the checksum of {damaged} is wrong"
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnpicklingError) as error:
+        how = (str(error).strip() or type(error).__name__).splitlines()[0]
+    others = [name for name in ("best.ckpt", "last.ckpt") if (file.parent / name).is_file()]
+    (other,) = [name for name in others if name != file.name] or ("",)
+    last = f"remove it: --resume then goes on from {other}"
+    raise RunError(
+        f"the checkpoint is damaged: {how}",
+        where=str(file),
+        remedy="" if not other else last if file.name == "last.ckpt" else f"take {other} instead",
+    )
+
+
 class Predictor:
     """Predicts absolute energies, forces and whatever else the potential was trained for."""
 
@@ -98,7 +126,7 @@ class Predictor:
         """Load a checkpoint, or the best one of a run directory.
 
         Raises:
-            RunError: there is none, or it is of another version.
+            RunError: there is none, it is damaged, or of another version.
         """
         file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
         if not file.is_file():
@@ -107,7 +135,7 @@ class Predictor:
                 allowed="a run directory, such as experiments/quickstart/runs/latest, or a .ckpt "
                 "file",
             )
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        checkpoint = read_checkpoint(file, device)
         passport = checkpoint.get("runner", {})
         while (version := passport.get("checkpoint_version")) in UPGRADES:
             UPGRADES[version](checkpoint)

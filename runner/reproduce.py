@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from runner import sources
 from runner.checkpoints import BEST, LAST
@@ -18,6 +17,7 @@ from runner.config import Config, LoggerConfig, TrainConfig, load_config
 from runner.errors import RunError, SourceError
 from runner.experiment import RunDirectory, surroundings
 from runner.losses import Loss
+from runner.predictor import read_checkpoint
 from runner.prepare import default_data_dir, prepare
 from runner.runs import read_manifest, read_rows, resume_command, status
 from runner.store import SHARD_ROWS, PreparedDataset, scratch
@@ -132,11 +132,13 @@ def _require_reproducible(run: Path, manifest: Mapping[str, Any], config: TrainC
     """
     now = status(run)
     if now != "finished":
+        can = any((run / "checkpoints" / name).is_file() for name in (LAST, BEST))
+        finish = f"finish it: {resume_command(run)}" if can else "train anew; it has no checkpoint"
         words = {"running": "is still trained", "killed": "was killed", "failed": "has failed"}
         raise RunError(
             f"the run {words.get(now, f'was {now}')}, so there is no end to compare with",
             where=str(run / "manifest.json"),
-            remedy="wait for it" if now == "running" else f"finish it: {resume_command(run)}",
+            remedy="wait for it" if now == "running" else finish,
         )
     if len(manifest.get("compiled", [])) > 1:
         raise RunError(
@@ -346,8 +348,7 @@ def _test_difference(before: Path, now: Path) -> Difference | None:
 def weights_difference(before: Path, now: Path, name: str) -> Difference | None:
     """The first weight in which two checkpoints differ, to the bit."""
     then, here = (
-        torch.load(run / "checkpoints" / name, weights_only=True, map_location="cpu")["state_dict"]
-        for run in (before, now)
+        read_checkpoint(run / "checkpoints" / name)["state_dict"] for run in (before, now)
     )
     for key in {**then, **here}:
         pair = [state[key].numpy() if key in state else None for state in (then, here)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,12 +14,29 @@ from rich.table import Table
 from rich.text import Text
 
 
+class _Lasting(Console):
+    """A console whose reader may go away: what is done is done to its end, unseen."""
+
+    def on_broken_pipe(self) -> None:
+        """Write nowhere from now on; rich would end the program."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if self.stderr else sys.stdout).fileno())
+
+
 class Terminal:
     """Where a command says what it does: standard output, or standard error beside `--json`."""
 
-    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
-        """Write to standard output, or to standard error, or nowhere."""
-        self.console = Console(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=True)
+    def __init__(self, *, stderr: bool = False, quiet: bool = False, lasting: bool = True) -> None:
+        """Write to standard output.
+
+        Args:
+            stderr: write to standard error instead.
+            quiet: write nowhere.
+            lasting: whether the command goes on when nobody reads it any more.
+        """
+        kind = _Lasting if lasting else Console
+        self.console = kind(stderr=stderr, quiet=quiet, highlight=False, soft_wrap=True)
         self._logs: list[Console] = []
 
     def say(self, *lines: RenderableType) -> None:

@@ -19,18 +19,24 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    Callback,
-    EarlyStopping,
-    RichProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from runner import plots
 from runner.batches import PRECISIONS
-from runner.checkpoints import LAST, Interruptions, WholeFiles, checkpoints
+from runner.checkpoints import (
+    LAST,
+    STOPPING,
+    EarlyStopping,
+    Interruptions,
+    WholeFiles,
+    checkpoints,
+    has_ended,
+    last_checkpoint,
+)
 from runner.config import BatchConfig, Config, DataConfig, TrainConfig, differences
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError, RunError
@@ -39,7 +45,7 @@ from runner.fields import LABELS
 from runner.losses import Loss
 from runner.metrics import groupings, has_unit, labelled_components, quantity_of
 from runner.potentials import build_potential
-from runner.predictor import Predictor, passport
+from runner.predictor import Predictor, passport, read_checkpoint
 from runner.prepare import default_data_dir, find_prepared
 from runner.processes import Place, Processes, together
 from runner.runs import read_rows
@@ -115,8 +121,12 @@ def train(
             kept = f"; to go on: {_resume_command(config_file, data_dir, run)}" if saved else ""
             terminal.say(f"stopped early{kept}")
             raise
-        except BaseException:
-            run.finish("failed")
+        except BaseException as error:
+            if resume is not None and isinstance(error, ConfigError):
+                run.as_before()
+            else:
+                with contextlib.suppress(OSError):  # of a full disk, which is the error
+                    run.finish("failed")
             raise
         run.finish("finished")
     return result | {"seconds": round(time.perf_counter() - started, 3)}
@@ -160,6 +170,7 @@ def _resume(
 
     Raises:
         ConfigError: it would be another training, or there is nothing left to do.
+        RunError: its checkpoint is damaged.
     """
     changed = differences(run.config(), config)
     safe = {key for key in changed if key.startswith(MAY_CHANGE)}
@@ -176,7 +187,8 @@ def _resume(
             allowed="other values of " + ", ".join(MAY_CHANGE),
             remedy="set it back, or train anew without --resume",
         )
-    last = torch.load(run.path / "checkpoints" / LAST, weights_only=True, map_location="cpu")
+    file = last_checkpoint(run.path)
+    last = read_checkpoint(file)
     done, batches = int(last["training"]["epochs_done"]), _batches_done(last)
     before = 1 + len(last["training"].get("others", []))
     if batches and before != processes:
@@ -187,13 +199,28 @@ def _resume(
             allowed=f"{before} in all",
             remedy=f"go on with {before} until an epoch is done",
         )
-    if config.train is not None and done >= config.train.epochs:
+    assert config.train is not None
+    enough, stopping = done >= config.train.epochs, config.train.early_stopping
+    stopped = stopping is not None and any(
+        name.startswith(EarlyStopping.__qualname__) and has_ended(state, stopping.patience)
+        for name, state in last["callbacks"].items()
+    )
+    if (enough or stopped) and run.manifest["status"] == "finished":
         raise ConfigError(
-            f"the run has done all its {done} epochs",
-            where="train.epochs",
-            remedy=f"raise it to train on: --set train.epochs={2 * done}",
+            f"the run has done all its {done} epochs"
+            if enough
+            else f"the run was ended after {done} epochs, as the validation loss fell no more",
+            where="train.epochs" if enough else "train.early_stopping",
+            remedy=f"raise it to train on: --set train.epochs={2 * done}"
+            if enough
+            else "to train on, raise its patience, or take it out",
         )
-    terminal.say(f"goes on after {done} epochs and {batches} batches", *sorted(lines))
+    if file.name != LAST:
+        terminal.warn(f"there is no {LAST}, so the run goes on from {file.name}")
+    where = (
+        "after all epochs" if enough or stopped else f"after {done} epochs and {batches} batches"
+    )
+    terminal.say(f"goes on {where}", *sorted(lines))
     run.resumed(config, done, {key: list(values) for key, values in changed.items()})
     return done
 
@@ -223,7 +250,7 @@ def _resume_command(config_file: Path, data_dir: Path, run: RunDirectory) -> str
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
+    """SIGTERM and SIGUSR1 end a run as Ctrl-C does."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -231,11 +258,12 @@ def _terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {n: signal.signal(n, interrupt) for n in STOPPING if n != signal.SIGINT}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def require_train(config: Config, config_file: Path) -> TrainConfig:
@@ -314,7 +342,7 @@ def _train(
             where="train.trainer",
             remedy='accelerator = "auto" and strategy = "auto" work everywhere',
         ) from None
-    _fit(trainer, module, data, None if done is None else run.path / "checkpoints" / LAST)
+    _fit(trainer, module, data, None if done is None else last_checkpoint(run.path))
     test = _test(trainer, module, data, run, terminal)
     if place.rank > 0:
         return {}
@@ -324,7 +352,7 @@ def _train(
         "run": str(run.path),
         "dataset": str(dataset.path),
         "fingerprint": dataset.attributes["fingerprint"],
-        "epochs": trainer.current_epoch,
+        "epochs": module.epochs_done,
         "steps": trainer.global_step,
         "best": best,
         "test": test,
@@ -441,7 +469,8 @@ def _trainer(
         settings["precision"] = config.precision
     on_terminal = sys.stderr.isatty() and terminal.console.is_terminal
     interactive = on_terminal and place.rank == 0
-    return lightning.Trainer(
+    rows = _numbers(run.path / "metrics.csv", done)
+    trainer = lightning.Trainer(
         **settings,
         max_epochs=config.epochs,
         inference_mode=False,  # forces need gradients, in validation too
@@ -452,10 +481,12 @@ def _trainer(
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=int(_length_varies(config)),
         default_root_dir=run.path,
-        plugins=[WholeFiles(), *([place.environment] if place.n > 1 else [])],
+        plugins=[WholeFiles(), place.environment if place.n > 1 else LightningEnvironment()],
         logger=[
             MetricsFile(run.path / "metrics.csv", done),
-            TensorBoardLogger(run.path, name="", version=""),
+            TensorBoardLogger(
+                run.path, name="", version="", purge_step=rows[-1]["step"] + 1 if rows else None
+            ),
             EpochLines(terminal, config, to_file=interactive),
             *loggers,
         ]
@@ -468,6 +499,9 @@ def _trainer(
             *_early_stopping(config),
         ],
     )
+    # Lightning's handlers would broadcast from the one process that is asked to stop
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")

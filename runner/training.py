@@ -120,12 +120,14 @@ class Training(lightning.LightningModule):
         if total.device.type != "cpu" or math.isfinite(total.item()):
             return
         terms = [name for name, s in result.sums.items() if not math.isfinite(s.total.item())]
+        terms = terms or ["total_loss"]  # a weight is too large
         found: set[int] = set()
-        for name in {name for term in terms for name in self.loss.quantities_of(term)}:
+        for name in {n for t in terms if t in result.sums for n in self.loss.quantities_of(t)}:
             values = result.prediction[name].detach()
             rows = ~values.isfinite().reshape(len(values), -1).all(dim=1)
             wrong = batch.structure[rows] if LABELS[name].per == "atom" else rows.nonzero()
             found |= set(wrong.flatten().tolist())
+        found = found or set(range(batch.n_structures))  # its squares, or the sum, are too large
         names = [self.name_of(split, int(batch.index[s])) for s in sorted(found)]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise RunError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from molecules import write_experiment
 
 from runner import __version__
 from runner.cli import main
+
+ROOT = Path(__file__).parents[1]
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -126,6 +129,33 @@ def test_a_bug_ends_with_1_and_a_traceback_in_a_file(
     file = Path(text.partition("The traceback is in ")[2].partition(";")[0])
     assert "ZeroDivisionError: oh" in file.read_text()
     file.unlink()
+
+
+def test_a_full_disk_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+
+    monkeypatch.setattr("runner.train.train", full)
+    write_experiment(tmp_path)
+    assert _main(monkeypatch, "train", str(tmp_path)) == 2
+    assert capsys.readouterr().err == (
+        "error: No space left on device\n  where:   last.ckpt\n"
+        "  remedy:  make room; a run that has a checkpoint goes on from it with --resume\n"
+    )
+
+
+def test_a_reader_that_goes_away_does_not_end_a_training(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    command = [sys.executable, "-m", "runner", "run", str(tmp_path), "--data-dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0
+    manifest = json.loads((tmp_path / "runs" / "latest" / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
 
 
 def test_an_interrupt_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +163,13 @@ def test_every_structure_is_measured_once_whatever_the_batches_hold(two: Path) -
     assert result["test"]["forces_mae"] == pytest.approx(np.abs(error[labelled]).mean(), rel=1e-10)
 
 
-def _runner(folder: Path, *arguments: str, **settings: Any) -> subprocess.Popen[str]:
+def _runner(
+    folder: Path, *arguments: str, program: Sequence[str] = ("-m", "runner"), **settings: Any
+) -> subprocess.Popen[str]:
     """The command line, as a user gives it in a folder."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "runner", *arguments],
+        [sys.executable, *program, *arguments],
         cwd=folder,
         env=environment | {"RUNNER_DATA_DIR": str(folder / "prepared")},
         stdout=subprocess.PIPE,
@@ -253,6 +255,41 @@ def prepared(tmp_path: Path) -> Path:
     config_file = write_experiment(tmp_path / "mine")
     prepare(load_config(config_file), tmp_path / "prepared", Terminal())
     return tmp_path
+
+
+ASKED_IN = """
+import os, signal
+from {module} import {name}
+from runner.cli import main
+done = {name}.{method}
+def asked(*given, **more):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return done(*given, **more)
+{name}.{method} = asked
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "method"),
+    [
+        ("runner.training", "Training", "test_step"),
+        ("runner.training", "Training", "configure_optimizers"),
+        ("runner.datamodule", "PreparedDataModule", "train_dataloader"),
+    ],
+)
+def test_all_end_when_one_is_asked_to_where_no_batch_is_trained(
+    prepared: Path, module: str, name: str, method: str
+) -> None:
+    script = ASKED_IN.format(module=module, name=name, method=method)
+    settings = (*TWO, "--set", "train.epochs=1", "--set", "train.compile=false")
+    with _Started(_runner(prepared, "train", "mine", *settings, program=("-c", script))) as run:
+        code, said = run.end(90)
+    assert code == 130, said
+    assert "interrupted" in said
+    manifest = json.loads((prepared / "mine" / "runs" / "latest" / "manifest.json").read_text())
+    assert manifest["status"] == "interrupted"
 
 
 @pytest.mark.slow

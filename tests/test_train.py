@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 import torch
 from ase import Atoms
 from molecules import random_structures, springs, without, write_experiment, write_extxyz
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner import compiled, loader
 from runner import train as train_module
@@ -764,21 +766,141 @@ def test_a_trainer_that_lightning_refuses_is_an_error_of_the_config(tmp_path: Pa
         _run(write_experiment(tmp_path), "train.seed=99999999999")
 
 
+@pytest.mark.parametrize("asked", ["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("step", ["test_step", "configure_optimizers"])
-def test_sigterm_ends_a_run_as_ctrl_c_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+def test_a_signal_ends_a_run_as_ctrl_c_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, asked: str
 ) -> None:
+    number = signal.Signals[asked]
+
     def terminated(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(1)
 
     monkeypatch.setattr(Training, step, terminated)
-    before = signal.getsignal(signal.SIGTERM)
+    for name, value in {"JOB_ID": "77", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)  # Lightning would write a checkpoint, and more
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         _run(write_experiment(tmp_path), "train.epochs=1")
-    manifest = json.loads((tmp_path / "runs" / "latest" / "manifest.json").read_text())
-    assert manifest["status"] == "interrupted"
-    assert signal.getsignal(signal.SIGTERM) == before
+    run = tmp_path / "runs" / "latest"
+    assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+    assert signal.getsignal(number) == before
+    assert not list(run.glob("*.ckpt"))
+
+
+def _stopped_in_the_test(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, *settings: str
+) -> Path:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "test_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(config_file, *settings)
+    return (config_file.parent / "runs" / "latest").resolve()
+
+
+def test_a_run_that_was_stopped_in_its_test_is_tested_when_it_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    config_file = write_experiment(tmp_path)
+    run = _stopped_in_the_test(monkeypatch, config_file)
+    (run / "checkpoints" / "last.ckpt").touch()
+    result = _resume(config_file, run)
+    assert "goes on after all epochs" in capsys.readouterr().out
+    for name in ("test", "best", "steps", "epochs"):
+        assert result[name] == finished[1][name]
+    assert _numbers(result) == _numbers(finished[1])
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+    assert (run / "parity.png").is_file()
+    with pytest.raises(ConfigError, match="the run has done all its 3 epochs"):
+        _resume(config_file, run)
+
+
+def test_a_run_that_was_ended_early_stays_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (
+        "train.epochs=9",
+        "train.early_stopping.patience=2",
+        "train.early_stopping.min_delta=1e9",
+    )
+    whole = _run(write_experiment(tmp_path / "whole"), *settings)
+    config_file = write_experiment(tmp_path / "stopped")
+    run = _stopped_in_the_test(monkeypatch, config_file, *settings)
+    result = _resume(config_file, run, *settings)
+    assert result["epochs"] == whole["epochs"] == 3
+    assert _numbers(result) == _numbers(whole)
+    text = r"was ended after 3 epochs(.|\n)*train.early_stopping(.|\n)*raise its patience"
+    with pytest.raises(ConfigError, match=text):
+        _resume(config_file, run, *settings, "train.epochs=20")
+    patient = "train.early_stopping.patience=4"
+    longer = _run(write_experiment(tmp_path / "longer"), *settings, patient)
+    again = _resume(config_file, run, *settings, patient)
+    assert again["epochs"] == longer["epochs"] == 5
+    rows = [row for row in _numbers(again) if row["val/loss/total_loss"]]
+    assert rows == [row for row in _numbers(longer) if row["val/loss/total_loss"]]
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = write_experiment(tmp_path)
+    run = _stopped_at(monkeypatch, config_file, 3)
+    before = {name: (run / name).read_bytes() for name in ("config.toml", "manifest.json")}
+    with pytest.raises(ConfigError, match="Lightning refuses the trainer"):
+        _resume(config_file, run, "train.trainer.accelerator=foo")
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_best_one_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_file = write_experiment(tmp_path)
+    run = _stopped_at(monkeypatch, config_file, 8)
+    last = run / "checkpoints" / "last.ckpt"
+    good = last.read_bytes()
+    with zipfile.ZipFile(last) as archive:
+        weight = max(archive.infolist(), key=lambda entry: entry.file_size)
+    flipped = bytearray(good)
+    flipped[weight.header_offset + len(weight.filename) + 500] ^= 0x40
+    for content in (good[:-1000], b"", b"no zip file", bytes(flipped)):
+        last.write_bytes(content)
+        with pytest.raises(RunError) as caught:
+            _resume(config_file, run)
+        text = str(caught.value)
+        assert "the checkpoint is damaged: " in text
+        assert str(last) in text
+        assert "remove it: --resume then goes on from best.ckpt" in text
+    assert "the checksum of " in text
+    best = last.with_name("best.ckpt")
+    kept = best.read_bytes()
+    best.write_bytes(kept[:-1000])
+    with pytest.raises(RunError, match=r"damaged(.|\n)*take last.ckpt instead"):
+        Predictor.load(run)
+    best.write_bytes(kept)
+    last.unlink()
+    result = _resume(config_file, run)
+    assert "there is no last.ckpt, so the run goes on from best.ckpt" in capsys.readouterr().out
+    assert _numbers(result) == _numbers(_run(write_experiment(tmp_path / "whole")))
+    events = EventAccumulator(str(run)).Reload()
+    steps = [event.step for event in events.Scalars("val/energy_mae")]
+    assert len(steps) == len(set(steps)) == 3
+
+
+def test_a_loss_that_overflows_names_the_structures_of_its_batch(tmp_path: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        _run(write_experiment(tmp_path), "train.loss.forces={ weight=1e300 }")
+    text = str(caught.value)
+    assert "train/loss/total_loss is not a finite number" in text
+    assert re.search(r"[1-9]\d* of \d+ structures of a batch", text)
+    assert "data.extxyz" in text
 
 
 EVERYTHING = (
