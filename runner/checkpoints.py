@@ -23,11 +23,10 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from runner.processes import agreed
+from runner.processes import STOPPING, agreed
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 AT_ONCE = 2  # checkpoints that wait in memory for being written
-STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is SLURM's, if it is asked
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -45,6 +45,7 @@ PATIENCE = 30.0  # the same, where the user has asked for it and files may be wr
 NEWS = 3.0  # seconds in which it is known that another process has ended
 SILENCE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # 30 s: a machine is lost
 INTERRUPTED = 130
+STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]  # the last is SLURM's, if it is asked
 WHERE = "train.trainer"
 FOLLOW = "from runner.cli import main; main()"
 
@@ -242,6 +243,31 @@ class _Connected(Processes):
         self._ending: Ending | None = None
         self._must_end, self._left = threading.Event(), threading.Event()
         self._lock = threading.RLock()
+        self._signals: socket.socket | None = None
+        if threading.current_thread() is threading.main_thread():
+            heard, self._signals = socket.socketpair()
+            self._signals.setblocking(False)
+            signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
+
+    def _listen(self, heard: socket.socket) -> None:
+        """End all when the user asks twice, also while the main thread waits for one that is stuck.
+
+        Handlers in Python run in the main thread alone, between two of its instructions.
+        """
+        with heard:
+            left = 2
+            while left and (number := heard.recv(1)):
+                left -= number[0] in STOPPING
+        if not left:
+            self._end(Ending(None))
+
+    def _leave(self) -> None:
+        """Not to be ended by force any more."""
+        self._left.set()
+        if self._signals is not None:
+            signal.set_wakeup_fd(-1)
+            self._signals.close()
 
     def _end(self, ending: Ending) -> None:
         """All have to end: this one by itself, or else by force, as it may wait for the others."""
@@ -391,7 +417,7 @@ class _First(_Connected):
             while not self._all_ended.wait(1.0) and not self._must_end.is_set():
                 pass
         ending = self._cause(error)
-        self._left.set()
+        self._leave()
         if error is not None and ending is None:
             self._announce(Ending.of(error, 0))
         if error is not None and not self.children:
@@ -449,7 +475,7 @@ class _Other(_Connected):
                 ending = self._ending
                 if not isinstance(error, InputError | KeyboardInterrupt):
                     ending = None
-        self._left.set()
+        self._leave()
         if ending is None:
             return error
         return SystemExit(1) if self._silent(ending) else ending.error()

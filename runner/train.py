@@ -29,7 +29,6 @@ from runner import plots
 from runner.batches import PRECISIONS
 from runner.checkpoints import (
     LAST,
-    STOPPING,
     EarlyStopping,
     Interruptions,
     WholeFiles,
@@ -47,7 +46,7 @@ from runner.metrics import groupings, has_unit, labelled_components, quantity_of
 from runner.potentials import build_potential
 from runner.predictor import Predictor, passport, read_checkpoint
 from runner.prepare import default_data_dir, find_prepared
-from runner.processes import Place, Processes, together
+from runner.processes import STOPPING, Place, Processes, together
 from runner.runs import read_rows
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table

@@ -293,6 +293,34 @@ def test_all_end_when_one_is_asked_to_where_no_batch_is_trained(
 
 
 @pytest.mark.slow
+def test_who_asks_twice_does_not_wait_for_a_process_that_is_stuck(prepared: Path) -> None:
+    endless = ("--set", "train.epochs=100000", "--set", "train.compile=false")
+    with _Started(_runner(prepared, "train", "mine", *TWO, *endless)) as run:
+        run.reach("epoch 2/")
+        child = run.child()
+        os.kill(child, signal.SIGSTOP)
+        time.sleep(1)
+        for _ in range(2):
+            run.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        code, said = run.end(60)
+    assert code == 130, said
+    assert "interrupted" in said
+    until = time.monotonic() + 10
+    while _is_alive(child):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether there is such a process, other than one whose end nobody has asked about."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_the_others_end_when_the_first_process_is_killed(prepared: Path, compiled: str) -> None:
     endless = ("--set", "train.epochs=100000", "--set", f"train.compile={compiled}")
