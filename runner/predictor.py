@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -95,7 +93,9 @@ def read_checkpoint(file: Path, device: str = "cpu") -> dict[str, Any]:
             content: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
             return content
         how = f"the checksum of {damaged} is wrong"
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnpicklingError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # files are damaged in many ways
         how = (str(error).strip() or type(error).__name__).splitlines()[0]
     others = [name for name in ("best.ckpt", "last.ckpt") if (file.parent / name).is_file()]
     (other,) = [name for name in others if name != file.name] or ("",)
