@@ -1337,6 +1337,8 @@ class LoggerConfig(Section):
 def _devices(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | str | list):
         raise _reject(f'found {_shown(value)}; it is a number, a list of numbers, or "auto"')
+    if value in (0, "0", "", []):
+        raise _reject(f"found {_shown(value)}; a training needs one device at least")
     return value
 
 
@@ -1432,7 +1434,8 @@ class TrainConfig(Section):
         if starts != sorted(set(starts)) or any(start >= self.epochs for start in starts):
             raise _reject(
                 f"the stages start at epochs {', '.join(map(str, starts))}; each has to start "
-                f"after the one before and before the last of {self.epochs} epochs"
+                f"after the one before and before {self.epochs}, the number of epochs; they count "
+                "from 0"
             )
         for stage in self.stage:
             unknown = sorted(set(stage.weights) - set(self.loss.terms))
@@ -1823,8 +1826,8 @@ def _spelt_out(details: ErrorDetails, tables: dict[str, Any]) -> Iterator[ErrorD
     yield ErrorDetails(type=kind, loc=(*loc, "name"), msg="", input=input_, ctx=context)
     similar = [name for name in variants if did_you_mean(str(input_), [name])]
     by_name = [_errors_of(variants[name], name, details) for name in similar or variants]
-    everywhere = set.intersection(*(set(errors) for errors in by_name))
-    yield from (error for key, error in by_name[0].items() if key in everywhere)
+    first, *more = by_name or [{}]
+    yield from (e for key, e in first.items() if all(key in errors for errors in more))
 
 
 def _errors_of(
@@ -1890,11 +1893,14 @@ def _annotation_below(annotation: Any, part: str | int) -> Any:
 
 def _variants(annotation: Any) -> dict[str, type[BaseModel]]:
     """The sections that a table may be, by the `name` that it has to have for each."""
-    arguments = [
-        typing.get_args(a)[0] if typing.get_origin(a) is Annotated else a
-        for a in typing.get_args(annotation)
-    ]
-    sections = [a for a in arguments if isinstance(a, type) and issubclass(a, Section)]
+    sections, left = [], list(typing.get_args(annotation))
+    while left:
+        argument = left.pop(0)
+        if typing.get_origin(argument) is Annotated:
+            argument = typing.get_args(argument)[0]
+        left = [*typing.get_args(argument), *left]
+        if isinstance(argument, type) and issubclass(argument, Section):
+            sections.append(argument)
     if len(sections) < 2 or not all("name" in section.model_fields for section in sections):
         return {}
     return {

@@ -56,5 +56,6 @@ class RunError(InputError):
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
     """`did you mean "forces"?`, or nothing when no allowed word is near."""
-    near = difflib.get_close_matches(found, list(allowed), n=1, cutoff=0.6)
+    same = [name for name in allowed if name.lower() == found.lower()]
+    near = same or difflib.get_close_matches(found, list(allowed), n=1, cutoff=0.6)
     return f'did you mean "{near[0]}"?' if near else ""

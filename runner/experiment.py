@@ -60,11 +60,14 @@ class RunDirectory:
             status="running",
             **surroundings(experiment),
         )
-        if reproduces is None:
-            _point_to(path.parent / "latest", path)
-        else:
+        if reproduces is not None:
             run.note(reproduces=str(reproduces))
         return run
+
+    def begin(self) -> None:
+        """The training begins: the run is the latest one, unless it reproduces another."""
+        if "reproduces" not in self._manifest:
+            _point_to(self.path.parent / "latest", self.path)
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:

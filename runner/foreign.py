@@ -36,22 +36,24 @@ def find_class(
     if os.getcwd() not in sys.path:  # noqa: PTH109 - as Python itself has it there
         sys.path.append(os.getcwd())  # noqa: PTH109
     try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+        imported = importlib.import_module(module)
+    except Exception as error:  # the code is the user's
+        kind_of = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise ConfigError(
-            f"{name} cannot be imported: {error}",
+            f"{name} cannot be imported: {kind_of}{error}",
             where=where,
             remedy="install what it needs into this environment, or run where Python finds "
             f"{module}: the current directory is searched",
         ) from error
-    except AttributeError:
-        names = [n for n, v in vars(sys.modules[module]).items() if fits(v)]
+    kind = getattr(imported, attribute, None)
+    if kind is None:
+        names = [n for n, v in vars(imported).items() if fits(v)]
         hint = did_you_mean(attribute, names)
         raise ConfigError(
             "; ".join(filter(None, [f"there is no {attribute} in {module}", hint])),
             where=where,
             allowed=", ".join(f"{module}:{n}" for n in names),
-        ) from None
+        )
     if not fits(kind):
         raise ConfigError(
             f"{reference} is not a class of {base.__module__.removesuffix('.module')}."

@@ -36,7 +36,7 @@ from runner.config import (
     StageConfig,
     TermConfig,
 )
-from runner.errors import ConfigError, did_you_mean
+from runner.errors import ConfigError, RunError, did_you_mean
 from runner.fields import LABELS
 from runner.foreign import find_class
 
@@ -122,6 +122,7 @@ class Term(nn.Module):
         """Nothing is needed."""
         super().__init__()
         self.by_source: dict[int, float] = {}
+        self.own = ""
 
     def values(
         self, prediction: Mapping[str, Tensor], batch: Batch
@@ -142,12 +143,33 @@ class Term(nn.Module):
         """Σ_s ℓ_s over the structures that have the labels, and their number."""
         labelled = self._labelled(batch)
         known = batch if labelled is None else _known(batch, self.labels)
-        values = self.values(prediction, known)
+        values = self._values(prediction, known)
         if labelled is not None:  # also in the gradient
             values = torch.where(labelled, values, 0.0)
         if self.by_source:
             values = values * weights_of(batch.source, self.by_source, values)
         return Sum(values.sum(), self.count(batch))
+
+    def _values(self, prediction: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Those of a class of the user's, if they are what they have to be."""
+        if not self.own:
+            return self.values(prediction, batch)
+        remedy = "values(self, prediction, batch) gives a number for every structure"
+        try:
+            values = self.values(prediction, batch)
+            shape = tuple(values.shape)
+        except (TypeError, LookupError, AttributeError, ValueError, NameError) as error:
+            what = f"{type(self).__qualname__} fails: {type(error).__name__}: {error}"
+            raise RunError(what, where=self.own, remedy=remedy) from error
+        n = batch.n_atoms.shape[0]
+        if len(shape) != 1 or (isinstance(shape[0], int) and shape[0] != n):
+            raise RunError(
+                f"the values of {type(self).__qualname__} have the shape {shape}",
+                where=self.own,
+                allowed=f"(n_structures,), here ({n},)",
+                remedy=remedy,
+            )
+        return values
 
     def count(self, batch: Batch) -> Float[Tensor, ""]:
         """How many structures have the labels, or what else is counted of them."""
@@ -247,6 +269,7 @@ def build_term(name: str, config: TermConfig, sources: Sequence[str] = ()) -> Te
         try:
             term = kind(**config.hyperparameters)
             term.by_source  # noqa: B018 - there once Term's own constructor has run
+            term.own = where
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(
                 f"{config.name} cannot be built: {error}",

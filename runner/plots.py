@@ -131,7 +131,8 @@ def learning_curves(
         for (name, (epochs, values)), color in zip(
             lines.items(), (BLUE, ORANGE, GREY), strict=False
         ):
-            axes.plot(epochs, values, color=color, label=name, linewidth=1.2)
+            dot = "o" if len(epochs) == 1 else ""
+            axes.plot(epochs, values, color=color, label=name, linewidth=1.2, marker=dot)
         if any(value > 0 for _, values in lines.values() for value in values):
             axes.set_yscale("log")
         axes.set(xlabel="epoch", title=title)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def find_run(path: Path) -> Path:
             return run.resolve()
     raise RunError(
         f"there is no run at {path}",
-        where=str(folder / "manifest.json"),
+        where=str(path if not path.exists() else folder / "manifest.json"),
         allowed="a run directory, such as experiments/quickstart/runs/latest, or an experiment "
         "that has been trained",
     )
@@ -82,4 +83,5 @@ def resume_command(run: Path) -> str:
     usual = [parent / "data" / "prepared" for parent in run.parents]
     named = os.environ.get("RUNNER_DATA_DIR")
     known = folder == Path(named).resolve() if named else folder in usual
-    return f"runner train {run} --resume {run}" + ("" if known else f" --data-dir {folder}")
+    words = ["runner", "train", str(run), "--resume", str(run)]
+    return shlex.join(words if known else [*words, "--data-dir", str(folder)])

@@ -76,8 +76,13 @@ class Terminal:
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table: the first column is text, the others are numbers."""
     result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    rows = list(rows)
     for number, column in enumerate(columns):
-        result.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+        if number == 0:
+            result.add_column(column, overflow="fold")
+        else:  # a number is shown whole, or it is another one
+            width = max(len(column), *(len(row[number]) for row in rows), 1)
+            result.add_column(column, justify="right", no_wrap=True, min_width=width)
     for row in rows:
         result.add_row(*row)
     return result

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LambdaCallback, RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -47,7 +49,7 @@ from runner.potentials import build_potential
 from runner.predictor import Predictor, passport, read_checkpoint
 from runner.prepare import default_data_dir, find_prepared
 from runner.processes import STOPPING, Place, Processes, together
-from runner.runs import read_rows
+from runner.runs import read_rows, resume_command
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
 from runner.trackers import require_installed, trackers
@@ -90,7 +92,7 @@ def train(
         return follow(processes)
     started = time.perf_counter()
     settings = require_train(config, config_file)
-    dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir))
+    dataset = find_prepared(config, data_dir, _prepare_command(config_file, data_dir, command))
     loss = Loss(settings.loss, settings.stage, dataset.source_names)
     _check_data(settings, loss, dataset)
     _strategy(settings.trainer.strategy, processes.place)  # refused before a run is made
@@ -117,7 +119,7 @@ def train(
         except KeyboardInterrupt:
             run.finish("interrupted")
             saved = reproduces is None and any((run.path / "checkpoints").iterdir())
-            kept = f"; to go on: {_resume_command(config_file, data_dir, run)}" if saved else ""
+            kept = f"; to go on: {resume_command(run.path)}" if saved else ""
             terminal.say(f"stopped early{kept}")
             raise
         except BaseException as error:
@@ -207,6 +209,8 @@ def _resume(
     if (enough or stopped) and run.manifest["status"] == "finished":
         raise ConfigError(
             f"the run has done all its {done} epochs"
+            if done == config.train.epochs
+            else f"the run has done {done} epochs, and {config.train.epochs} are asked for"
             if enough
             else f"the run was ended after {done} epochs, as the validation loss fell no more",
             where="train.epochs" if enough else "train.early_stopping",
@@ -239,12 +243,6 @@ def _batches_done(checkpoint: Mapping[str, Any]) -> int:
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
-
-
-def _resume_command(config_file: Path, data_dir: Path, run: RunDirectory) -> str:
-    """The command by which a run goes on."""
-    command = _prepare_command(config_file, data_dir).replace("prepare", "train", 1)
-    return f"{command} --resume {run.path}"
 
 
 @contextlib.contextmanager
@@ -334,8 +332,8 @@ def _train(
     )
     module.say, module.name_of = terminal.say, dataset.name_of
     try:
-        trainer = _trainer(config, run, terminal, done or 0, place, loggers)
-    except (MisconfigurationException, ValueError) as error:
+        trainer = _trainer(config, run, terminal, done, place, loggers)
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise ConfigError(
             f"Lightning refuses the trainer: {error}",
             where="train.trainer",
@@ -389,8 +387,11 @@ def _is_worth_it(config: TrainConfig, data: PreparedDataModule, split: str) -> b
 
 def _check_data(config: TrainConfig, loss: Loss, dataset: PreparedDataset) -> None:
     """Refuse what cannot be trained on this dataset, before anything is computed."""
+    own = config.loss.own
     asked = {
-        label: f"loss.{name}" for name in config.loss.terms for label in loss.term(name).labels
+        label: f"loss.{'own.' * (name in own)}{name}"
+        for name in config.loss.terms
+        for label in loss.term(name).labels
     }
     asked = {name: f"metrics.{name}" for name in config.measured} | asked
     if config.metrics is not None and "charge" in config.metrics.by:
@@ -438,23 +439,27 @@ def _manifest(
     }
 
 
-def _prepare_command(config_file: Path, data_dir: Path) -> str:
+def _prepare_command(config_file: Path, data_dir: Path, command: Sequence[str]) -> str:
     """The command that makes the dataset which a training looks for."""
     whole = config_file.name == "config.toml"
-    command = f"runner prepare {config_file.parent if whole else config_file}"
-    usual = data_dir == default_data_dir(config_file)
-    return command if usual else f"{command} --data-dir {data_dir}"
+    words = ["runner", "prepare", str(config_file.parent if whole else config_file)]
+    if data_dir != default_data_dir(config_file):
+        words += ["--data-dir", str(data_dir)]
+    for option, value in itertools.pairwise(command):
+        if option == "--set" and value.startswith("prepare"):
+            words += [option, value]
+    return shlex.join(words)
 
 
 def _trainer(
     config: TrainConfig,
     run: RunDirectory,
     terminal: Terminal,
-    done: int,
+    done: int | None,
     place: Place,
     loggers: Sequence[Logger],
 ) -> lightning.Trainer:
-    """Lightning's trainer for a run of which so many epochs are done."""
+    """Lightning's trainer for a run of which so many epochs are done; None if it is new."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # what it says at every start
         logging.getLogger(name).setLevel(logging.WARNING)
     settings = config.trainer.model_dump()
@@ -468,7 +473,8 @@ def _trainer(
         settings["precision"] = config.precision
     on_terminal = sys.stderr.isatty() and terminal.console.is_terminal
     interactive = on_terminal and place.rank == 0
-    rows = _numbers(run.path / "metrics.csv", done)
+    rows = _numbers(run.path / "metrics.csv", done or 0)
+    begins = done is None and place.rank == 0
     trainer = lightning.Trainer(
         **settings,
         max_epochs=config.epochs,
@@ -482,7 +488,7 @@ def _trainer(
         default_root_dir=run.path,
         plugins=[WholeFiles(), place.environment if place.n > 1 else LightningEnvironment()],
         logger=[
-            MetricsFile(run.path / "metrics.csv", done),
+            MetricsFile(run.path / "metrics.csv", done or 0),
             TensorBoardLogger(
                 run.path, name="", version="", purge_step=rows[-1]["step"] + 1 if rows else None
             ),
@@ -493,6 +499,7 @@ def _trainer(
         else False,
         callbacks=[
             *([ProgressBar(console_kwargs={"stderr": True})] if interactive else []),
+            *([LambdaCallback(on_train_start=lambda *_: run.begin())] if begins else []),
             Interruptions(run.path / "checkpoints", terminal.say, config.checkpoints.minutes),
             *checkpoints(run.path / "checkpoints", MONITOR),
             *_early_stopping(config),

@@ -33,6 +33,9 @@ def _registry() -> pint.UnitRegistry[Any]:
     return registry
 
 
+MACROSCOPIC = 1e20  # eV: kJ and kcal are more, J is not
+
+
 def conversion_factor(unit: str, target: str) -> float:
     """The number by which values in `unit` are multiplied to be in `target`.
 
@@ -55,7 +58,13 @@ def conversion_factor(unit: str, target: str) -> float:
             f'the unit "{unit}" has the wrong dimension: it does not convert to "{target}"',
             allowed=f'units of the same dimension as "{target}"',
         )
-    return float(found.to(wanted.units).magnitude)
+    factor = float(found.to(wanted.units).magnitude)
+    if target == "eV" and factor > MACROSCOPIC:
+        raise UnitError(
+            f'the unit "{unit}" is one of matter in bulk: {factor:.1e} eV',
+            remedy=f'for energies of molecules, write "{unit}/mol"',
+        )
+    return factor
 
 
 def parse_quantity(text: str, target: str) -> float:

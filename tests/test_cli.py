@@ -290,7 +290,7 @@ def test_an_interrupted_training_goes_on_in_the_same_run(tmp_path: Path) -> None
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130
     run = (tmp_path / "runs" / "latest").resolve()
-    again = f"runner train {tmp_path} --resume {run}"
+    again = f"runner train {run} --resume {run}"
     assert f"stopped early; to go on: {again}" in said
     done = json.loads((run / "manifest.json").read_text())
     assert done["status"] == "interrupted"

@@ -15,6 +15,8 @@ def test_runs_that_start_at_once_get_directories_of_their_own(tmp_path: Path) ->
     config = load_config(write_experiment(tmp_path))
     runs = [RunDirectory.create(tmp_path, config, {}) for _ in range(3)]
     assert len({run.path for run in runs}) == 3
+    assert not (tmp_path / "runs" / "latest").exists()
+    runs[-1].begin()
     assert (tmp_path / "runs" / "latest").resolve() == runs[-1].path
     assert (tmp_path / "runs" / "latest").is_symlink()
 

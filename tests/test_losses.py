@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from molecules import random_structures, without
+from molecules import random_structures, springs, without
 
 from runner.batches import Batch, Block, make_batch
 from runner.config import LossConfig, potential_config
-from runner.errors import ConfigError
+from runner.errors import ConfigError, RunError
 from runner.fields import LABELS
 from runner.losses import LOSSES, Loss, Term, over_processes
 from runner.potentials import build_potential
@@ -361,3 +361,35 @@ def test_spins_sum_to_the_multiplicity_and_are_learnt() -> None:
     assert values[-1] < 0.02 * values[0]
     found = potential(batch, forces=False)["spin_multiplicity"][:4].tolist()
     assert found == pytest.approx(spins[:4], abs=0.3)
+
+
+class OfComponents(Term):
+    labels = ("forces",)
+
+    def values(self, prediction: Any, batch: Any) -> Any:
+        return (prediction["forces"] - batch.labels["forces"]).abs()
+
+
+class OfNoBatch(Term):
+    labels = ("forces",)
+
+    def values(self, prediction: Any, batch: Any) -> Any:
+        return prediction["force"] - batch.labels["forces"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "OfComponents",
+            r"OfComponents have the shape \(\d+, 3\)(.|\n)*own.x(.|\n)*n_structures,\)",
+        ),
+        ("OfNoBatch", r"OfNoBatch fails: KeyError: 'force'(.|\n)*train.loss.own.x"),
+    ],
+)
+def test_values_of_an_own_term_that_are_none_are_named(name: str, text: str) -> None:
+    table = {"name": f"test_losses:{name}"}
+    loss = Loss(LossConfig.model_validate({"own": {"x": table}}))
+    batch = make_batch(springs(n=3), 4.0)
+    with pytest.raises(RunError, match=text):
+        loss.sums({"forces": torch.zeros_like(batch.positions)}, batch)

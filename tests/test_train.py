@@ -784,7 +784,7 @@ def test_a_signal_ends_a_run_as_ctrl_c_does(
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         _run(write_experiment(tmp_path), "train.epochs=1")
-    run = tmp_path / "runs" / "latest"
+    (run,) = (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink())
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
     assert signal.getsignal(number) == before
     assert not list(run.glob("*.ckpt"))
@@ -857,6 +857,41 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     with pytest.raises(ConfigError, match="Lightning refuses the trainer"):
         _resume(config_file, run, "train.trainer.accelerator=foo")
     assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_a_run_that_is_refused_is_not_the_latest(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    result = _run(config_file, "train.epochs=1")
+    for setting in ("train.data.train_size=5000", "train.trainer.accelerator=foo"):
+        with pytest.raises(InputError):
+            _run(config_file, setting)
+    assert (tmp_path / "runs" / "latest").resolve() == Path(result["run"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("train.trainer.devices=0", "needs one device at least"),
+        ("train.average.decay=0.9", "'ema' or 'swa'"),
+        ('train.average.name="emma"', "'ema' or 'swa'"),
+    ],
+)
+def test_what_no_training_can_be_is_refused(tmp_path: Path, setting: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load_config(write_experiment(tmp_path), [setting])
+
+
+def test_the_remedy_prepares_what_is_asked_for(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path / "my experiment")
+    setting = "prepare.split.seed=7"
+    config = load_config(config_file, [setting])
+    command = ["runner", "train", "x", "--set", setting, "--set", "train.epochs=1"]
+    with pytest.raises(DatasetError) as caught:
+        train(config, config_file, tmp_path / "prepared", Terminal(), command)
+    text = (
+        f"runner prepare '{config_file.parent}' --data-dir {tmp_path / 'prepared'} --set {setting}"
+    )
+    assert f"{text}`" in str(caught.value)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_best_one_is_offered(

@@ -72,3 +72,10 @@ def test_what_is_no_quantity_is_refused(text: str, message: str) -> None:
 def test_a_quantity_is_a_number_and_a_unit(text: str) -> None:
     with pytest.raises(UnitError, match=r'is not a quantity|has no unit(.|\n)*"5? ?.*angstrom"'):
         parse_quantity(text, "angstrom")
+
+
+@pytest.mark.parametrize("unit", ["kcal", "kJ"])
+def test_energies_of_matter_in_bulk_are_refused(unit: str) -> None:
+    with pytest.raises(UnitError, match=rf'matter in bulk(.|\n)*write "{unit}/mol"'):
+        conversion_factor(unit, "eV")
+    assert conversion_factor("J", "eV") == pytest.approx(1 / ase_units._e)

@@ -150,7 +150,14 @@ def _check_output(
 ) -> None:
     """Compute two molecules, and look at what comes out."""
     batch = trial_batch(elements, torch.get_default_dtype())
-    found = architecture(batch)
+    try:
+        found = architecture(batch)
+    except Exception as error:  # the code is the user's
+        raise ConfigError(
+            f"{config.name} fails: {type(error).__name__}: {str(error).strip()}",
+            where="train.potential.name",
+            remedy="forward(self, batch) takes a runner.batches.Batch and gives tensors by name",
+        ) from error
     fits = isinstance(found, Mapping) and all(isinstance(v, Tensor) for v in found.values())
     shown = (
         ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in found.items())
