@@ -113,6 +113,7 @@ class Term(nn.Module):
             that have all of it.
         quantities: what the potential has to predict for it; the same as `labels`, unless given.
         by_source: what structures count, by the number of their source; the others count 1.
+        own: the key of its table, of a class of the user's.
     """
 
     labels: tuple[str, ...] = ()

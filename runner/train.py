@@ -405,6 +405,16 @@ def _check_data(config: TrainConfig, loss: Loss, dataset: PreparedDataset) -> No
                 allowed=", ".join(dataset.labels),
                 remedy=f"map {name} in [[prepare.source]], or take it out of train.{section}",
             )
+    elements = dataset.attributes["elements"]
+    for name, term in config.loss.terms.items():
+        weights = {} if name in own else getattr(term, "by_element", {})
+        absent = sorted(set(weights) - set(elements))
+        if absent:
+            raise DatasetError(
+                f"the prepared dataset has no {absent[0]}, which the loss weighs",
+                where=f"train.loss.{name}.by_element",
+                allowed=", ".join(elements),
+            )
     for name in sorted(config.potential.needed_inputs):
         n = dataset.labels.get(name, 0)
         if n < len(dataset):

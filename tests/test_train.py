@@ -859,6 +859,12 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
+def test_a_weight_of_an_element_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    text = r"has no Si, which the loss weighs(.|\n)*train.loss.forces.by_element(.|\n)*H, C"
+    with pytest.raises(DatasetError, match=text):
+        _run(write_experiment(tmp_path), "train.loss.forces.by_element.Si=2")
+
+
 def test_a_run_that_is_refused_is_not_the_latest(tmp_path: Path) -> None:
     config_file = write_experiment(tmp_path)
     result = _run(config_file, "train.epochs=1")
