@@ -183,7 +183,8 @@ class CompiledStep:
                     _keep(place, self._function, self._layout)
             else:
                 self._function, self._layout = known
-            wrong = self._compare(batch, weights)
+            # a term that weighs nothing now is to be right later
+            wrong = self._compare(batch, {name: weight or 1.0 for name, weight in weights.items()})
             if not wrong:
                 return
         raise _is_wrong(wrong)
@@ -553,7 +554,9 @@ def _symbols(name: str, tensor: Tensor) -> list[int]:
 def _symbolic(mode: FakeTensorMode, name: str, tensor: Tensor) -> Tensor:
     """A stand-in whose number of structures, atoms or pairs is a symbol."""
     sizes = [DimDynamic.DYNAMIC if n < 0 else DimDynamic.STATIC for n in _symbols(name, tensor)]
-    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+    # one tensor under two names, such as a mask of all, would be one input; the next time it is two
+    alone = tensor.clone()
+    return mode.from_tensor(alone, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
 @contextlib.contextmanager

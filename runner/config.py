@@ -1139,7 +1139,8 @@ class PlateauConfig(ScheduleConfig):
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """What the rate is multiplied by on a plateau of the validation loss."""
     patience: Count = 10
-    """Epochs without improvement that make a plateau."""
+    """Epochs in a row without improvement, of one part in 10,000 at least, that are let pass; after
+    one more the rate is lowered."""
     min_lr: NonNegative = 1e-6
     """The rate does not go below this."""
 
@@ -1171,7 +1172,8 @@ class CosineRestartsConfig(ScheduleConfig):
     def after_warmup(self, epoch: float, epochs: float) -> float:  # noqa: ARG002
         """Half a cosine from 1 to `end`, of the period that it is in."""
         if self.growth == 1:
-            done = epoch % self.period / self.period
+            periods = epoch / self.period
+            done = max(periods - math.floor(periods + 1e-12), 0.0)
         else:  # the n-th period starts after period · (growthⁿ − 1)/(growth − 1)
             relative = epoch / self.period
             n = math.floor(math.log(relative * (self.growth - 1) + 1, self.growth) + 1e-12)
@@ -1355,7 +1357,8 @@ class TrainerConfig(Section):
     strategy: str = "auto"
     """How several devices train: `"auto"` and `"ddp"` average their gradients."""
     accumulate_grad_batches: Count = 1
-    """Batches whose gradients are averaged for a step of the optimiser."""
+    """Batches whose gradients are averaged for a step of the optimiser, each counting the same; at
+    the end of an epoch they may be fewer."""
     gradient_clip_val: NonNegative = 10.0
     """Largest norm of the gradient; a longer one is scaled down to it. 0: no limit."""
     deterministic: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -201,6 +202,7 @@ def _resume(
             remedy=f"go on with {before} until an epoch is done",
         )
     assert config.train is not None
+    _check_best(run.config(), config.train, dataset)
     enough, stopping = done >= config.train.epochs, config.train.early_stopping
     stopped = stopping is not None and any(
         name.startswith(EarlyStopping.__qualname__) and has_ended(state, stopping.patience)
@@ -226,6 +228,27 @@ def _resume(
     terminal.say(f"goes on {where}", *sorted(lines))
     run.resumed(config, done, {key: list(values) for key, values in changed.items()})
     return done
+
+
+def _check_best(before: Config, now: TrainConfig, dataset: PreparedDataset) -> None:
+    """Refuse more epochs where the validation losses of before would be of other weights.
+
+    Raises:
+        ConfigError: they would be, and the best epoch could not be told.
+    """
+    assert before.train is not None
+    loss = Loss(now.loss, now.stage, dataset.source_names)
+    ends = [loss.weights_at(epochs - 1, math.inf) for epochs in (before.train.epochs, now.epochs)]
+    for name in ends[0]:
+        if ends[0][name] != ends[1][name]:
+            raise ConfigError(
+                f"the weight of {name} would end at {ends[1][name]:g}, not at {ends[0][name]:g}, "
+                "and by the weights at the end the epochs are compared",
+                where="train.epochs",
+                allowed=str(before.train.epochs),
+                remedy=f"train anew; a schedule that ends before epoch {before.train.epochs} lets "
+                "a run be made longer",
+            )
 
 
 def _numbers(metrics: Path, n: int) -> list[dict[str, float | int]]:
@@ -736,6 +759,7 @@ def _test(
         return {}
     best = Predictor.load(run.path).potential.to(module.device)
     module.potential.load_state_dict(best.state_dict())
+    module.average = None  # that of the last epoch; the best one's is what was loaded
     with _quiet(), _ends_clearly(trainer, module.config.batch):
         trainer.test(module, datamodule=data, verbose=False)
     errors = {

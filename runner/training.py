@@ -88,8 +88,16 @@ class Training(lightning.LightningModule):
         )
 
     def training_step(self, batch: Batch) -> Tensor:
-        """The loss of one batch."""
-        return self._step(batch, "train")
+        """The loss of one batch, of which Lightning takes the share that `n` batches' has.
+
+        The last batches of an epoch may be fewer than `n`; theirs is the mean over them.
+        """
+        total, n = self._step(batch, "train"), self.trainer.accumulate_grad_batches
+        if n == 1:
+            return total
+        done = self.trainer.fit_loop.epoch_loop.batch_idx // n * n
+        together = min(n, int(self.trainer.num_training_batches) - done)
+        return total if together == n else total * (n / together)
 
     def validation_step(self, batch: Batch) -> None:
         """Measure one batch."""
@@ -244,8 +252,9 @@ class Training(lightning.LightningModule):
         metrics = self._metrics(split)
         # scheduled weights as they end, so that the epochs of a validation can be compared
         weights = self.loss.weights_at(self.config.epochs - 1, math.inf)
-        if split == "train":
-            weights = self._weights()
+        if split == "train":  # as they were in its last step
+            last = max(self.global_step - 1, 0)
+            weights = self.loss.weights_at(self.current_epoch, float(last))
         if self.trainer.world_size > 1:
             metrics.join(gathered)
         values = metrics.compute(self.loss, weights)

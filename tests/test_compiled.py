@@ -326,3 +326,36 @@ def test_a_program_is_known_by_the_same_name_in_every_process() -> None:
         for seed in ("1", "2")
     }
     assert len(names) == 1
+
+
+def test_masks_that_are_alike_in_the_first_batch_are_kept_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
+    step = _step("painn", {"energy": {}, "forces": {}, "dipole": {}})
+    structures = random_structures([3, 5, 4, 6, 2, 3, 4, 5])
+    block = Block.of(without(without(structures, "forces", [4]), "dipole", [5, 6]), CUTOFF)
+    compiled = CompiledStep(step, ["dipole", "forces"])
+    weights = {"energy": 1.0, "forces": 3.0, "dipole": 5.0}
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        batch = block.take(np.array(rows)).batch()
+        found, expected = compiled(batch, weights), step(batch, weights)
+        assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+        for name, s in expected.sums.items():
+            assert found.sums[name].count.item() == s.count.item()
+
+
+def test_a_program_is_tried_with_every_term_also_those_that_weigh_nothing_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[dict[str, float]] = []
+
+    def compare(_: CompiledStep, __: Batch, weights: dict[str, float]) -> str:
+        tried.append(dict(weights))
+        return ""
+
+    monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
+    monkeypatch.setattr(CompiledStep, "_compare", compare)
+    compiled = CompiledStep(_step("painn", {"energy": {}, "forces": {}}))
+    compiled(_two(), {"energy": 2.0, "forces": 0.0})
+    assert tried[0] == {"energy": 2.0, "forces": 1.0}

@@ -24,6 +24,7 @@ from runner.config import (
     AnyAverageConfig,
     AnyOptimizerConfig,
     AnyScheduleConfig,
+    CosineRestartsConfig,
     OptimizerConfig,
     ScheduleConfig,
     potential_config,
@@ -278,3 +279,12 @@ def test_a_stochastic_weight_average_is_the_mean_of_the_last_epochs() -> None:
         assert average.begun == (epoch >= 2)
     assert float(average.model.module.weight) == pytest.approx(3.0)
     assert math.isclose(float(average.model.n_averaged), 3)
+
+
+@pytest.mark.parametrize("period", [0.1, 0.2, 1.0, 3.0])
+def test_every_restart_of_a_cosine_is_at_its_peak(period: float) -> None:
+    schedule = CosineRestartsConfig(name="cosine_restarts", period=period)
+    for n in range(40):
+        assert schedule.after_warmup(n * period, 100.0) == pytest.approx(1.0)
+        assert schedule.after_warmup((n + 1e-13) * period, 100.0) == pytest.approx(1.0)
+        assert schedule.after_warmup((n + 0.5) * period, 100.0) == pytest.approx(0.5)

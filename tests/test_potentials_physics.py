@@ -15,7 +15,8 @@ from torch import Tensor
 from runner.batches import Batch, make_batch
 from runner.config import EnergyConfig, potential_config
 from runner.errors import DatasetError
-from runner.potentials import Potential, build_potential
+from runner.potentials import Potential, build_potential, strained
+from runner.potentials.components import half_pair_vectors
 from runner.potentials.physics import (
     BOHR,
     COULOMB,
@@ -273,3 +274,23 @@ def test_an_input_is_nothing_where_it_is_zero_and_has_a_sign() -> None:
         if charge == 0:
             assert energies[0] == pytest.approx(plain(batch)["energy"].detach().numpy())
     assert min(abs(a - b).min() for a, b in itertools.pairwise(energies)) > 1e-6
+
+
+def test_lengths_are_not_rounded_in_bfloat16() -> None:
+    rng = np.random.default_rng(0)
+    structures = random_structures([4, 5])
+    cells = {
+        "cell": np.eye(3) * 4 + rng.uniform(-0.5, 0.5, (2, 3, 3)),
+        "pbc": np.ones((2, 3), bool),
+    }
+    periodic = Structures(structures.first_atom, structures.atoms, structures.structures | cells)
+    batch = make_batch(periodic, 4.0)
+    strain = torch.from_numpy(rng.normal(0, 0.01, (2, 3, 3))).float()
+    expected, moved = half_pair_vectors(batch), strained(batch, strain)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, moved_too = half_pair_vectors(batch), strained(batch, strain)
+    assert batch.half_shifts is not None
+    assert batch.half_shifts.abs().max() > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(moved.positions, moved_too.positions)
+    assert torch.equal(moved.cell, moved_too.cell)

@@ -865,6 +865,57 @@ def test_a_weight_of_an_element_that_is_not_there_is_refused(tmp_path: Path) -> 
         _run(write_experiment(tmp_path), "train.loss.forces.by_element.Si=2")
 
 
+@pytest.mark.parametrize("average", ['{name="ema", decay=0.5}', '{name="swa", start=1}'])
+def test_the_test_is_of_the_best_epochs_average(tmp_path: Path, average: str) -> None:
+    config_file = write_experiment(tmp_path)
+    worse = "train.stage=[{start=3, lr=0.5}]"  # in the last epochs
+    rates = (worse, "train.epochs=5", 'train.precision="64-true"')
+    result = _run(config_file, f"train.average={average}", *rates)
+    assert result["best"]["epoch"] < 4, "the last epoch's would be the same"
+    config = load_config(config_file)
+    structures = find_prepared(config, tmp_path / "prepared", "").read("test")
+    predictor = Predictor.load(Path(result["run"]))
+    batch = make_batch(structures, predictor.potential.cutoff, dtype=torch.float64)
+    error = predictor.potential(batch)["energy"].detach().numpy() - structures.structures["energy"]
+    assert result["test"]["energy_mae"] == pytest.approx(np.abs(error).mean(), rel=1e-9)
+
+
+def test_the_last_batches_of_an_epoch_are_averaged_over_as_many_as_they_are(
+    tmp_path: Path,
+) -> None:
+    sgd = ("train.optimizer={name='torch.optim:SGD', lr=1e-3}", "train.epochs=1")
+    sizes = ("train.data.train_size=24", "train.batch.structures=8")
+    weights = []
+    for n in (3, 5):  # three batches: all that there are, and fewer than a step takes
+        folder = write_experiment(tmp_path / str(n))
+        accumulated = f"train.trainer.accumulate_grad_batches={n}"
+        result = _run(folder, *sgd, *sizes, accumulated, 'train.precision="64-true"')
+        assert result["steps"] == 1
+        weights.append(_weights(result["run"]))
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], rtol=1e-10, atol=1e-13)
+
+
+def test_the_loss_of_an_epoch_has_the_weights_of_its_steps(tmp_path: Path) -> None:
+    sizes = ("train.data.train_size=24", "train.batch.structures=8", "train.epochs=2")
+    weight = "train.loss.forces.weight={values=[1.0, 100.0], steps=[3]}"
+    rows = _rows(_run(write_experiment(tmp_path), *sizes, weight))
+    others = {"energy", "forces", "dipole"}
+    for row, forces in zip(rows[:2], (1.0, 100.0), strict=True):
+        terms = {n: float(row[f"train/loss/{n}"]) for n in others if f"train/loss/{n}" in row}
+        total = sum(terms.values()) + (forces - 1) * terms["forces"]
+        assert float(row["train/loss/total_loss"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_more_epochs_are_refused_where_the_best_one_could_not_be_told(tmp_path: Path) -> None:
+    config_file = write_experiment(tmp_path)
+    ramp = "train.loss.forces.weight={start=1.0, end=9.0, epochs=9}"
+    run = Path(_run(config_file, ramp, "train.epochs=2")["run"])
+    text = r"weight of forces would end at 9, not at 1.88889(.|\n)*train.epochs(.|\n)*train anew"
+    with pytest.raises(ConfigError, match=text):
+        _resume(config_file, run, ramp, "train.epochs=20")
+
+
 def test_a_run_that_is_refused_is_not_the_latest(tmp_path: Path) -> None:
     config_file = write_experiment(tmp_path)
     result = _run(config_file, "train.epochs=1")

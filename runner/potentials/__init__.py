@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from runner.batches import Batch
 from runner.config import ArchitectureConfig, EnergyConfig, ForeignConfig
 from runner.fields import FROM_CHARGES
+from runner.potentials.components import exactly
 from runner.potentials.foreign import build_foreign
 from runner.potentials.painn import PaiNN
 from runner.potentials.physics import (
@@ -145,8 +146,9 @@ class Potential(nn.Module):
 def strained(batch: Batch, strain: Float[Tensor, "n_structures 3 3"]) -> Batch:
     """The batch with positions and cells multiplied by 1 + (ε + εᵀ)/2."""
     symmetric = 0.5 * (strain + strain.mT)
-    moved = (batch.positions.unsqueeze(1) @ symmetric[batch.structure]).squeeze(1)
-    cell = None if batch.cell is None else batch.cell + batch.cell @ symmetric
+    with exactly(symmetric):
+        moved = (batch.positions.unsqueeze(1) @ symmetric[batch.structure]).squeeze(1)
+        cell = None if batch.cell is None else batch.cell + batch.cell @ symmetric
     return replace(batch, positions=batch.positions + moved, cell=cell)
 
 

@@ -20,6 +20,11 @@ N_ELEMENTS = 119  # rows of a table by atomic number
 NEGLIGIBLE = 1e-17
 
 
+def exactly(like: Tensor) -> torch.autocast:
+    """Lengths are not to be rounded to the 8 bits of bfloat16, whatever the precision."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def half_pair_vectors(
     batch: Batch,
 ) -> tuple[Float[Tensor, " n_half"], Float[Tensor, "n_half 3"]]:
@@ -28,7 +33,9 @@ def half_pair_vectors(
     separation = batch.positions.index_select(0, j) - batch.positions.index_select(0, i)
     if batch.half_shifts is not None and batch.cell is not None:
         cell = batch.cell.index_select(0, batch.structure.index_select(0, i))
-        separation = separation + (batch.half_shifts.to(cell.dtype).unsqueeze(1) @ cell).squeeze(1)
+        with exactly(cell):
+            moved = (batch.half_shifts.to(cell.dtype).unsqueeze(1) @ cell).squeeze(1)
+        separation = separation + moved
     distance = torch.linalg.vector_norm(separation, dim=-1)
     return distance, separation / distance.unsqueeze(-1)
 

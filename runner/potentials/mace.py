@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from runner.batches import Batch
 from runner.errors import InputError
-from runner.potentials.components import N_ELEMENTS
+from runner.potentials.components import N_ELEMENTS, exactly
 
 UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -129,7 +129,8 @@ class MACE(nn.Module):
         shifts = unit_shifts
         if batch.cell is not None and batch.shifts is not None:
             cell, unit_shifts = batch.cell, -batch.shifts.to(dtype)
-            shifts = (unit_shifts.unsqueeze(1) @ cell[batch.structure[i]]).squeeze(1)
+            with exactly(cell):
+                shifts = (unit_shifts.unsqueeze(1) @ cell[batch.structure[i]]).squeeze(1)
         ends = batch.n_atoms.cumsum(0)
         return {
             "positions": batch.positions,
