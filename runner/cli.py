@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import json
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,8 +70,9 @@ def prepare(
 ) -> None:
     """Build the prepared dataset of an experiment, or find it in the cache."""
     _, config, folder = _open(experiment, settings, data_dir)
-    from runner import prepare as verb
-    from runner.terminal import Terminal
+    with _importing():
+        from runner import prepare as verb
+        from runner.terminal import Terminal
 
     result = verb.prepare(config, folder, Terminal(stderr=as_json), split_file)
     _print_json(result, as_json)
@@ -90,8 +94,9 @@ def train(
 ) -> None:
     """Train on the prepared dataset of an experiment, into a new run directory or an old one."""
     path, config, folder = _open(experiment, settings, data_dir)
-    from runner.terminal import Terminal
-    from runner.train import train as verb
+    with _importing():
+        from runner.terminal import Terminal
+        from runner.train import train as verb
 
     old = path.parent / "runs" / "latest" if resume == LATEST else resume
     run = None if old is None else Path(old)
@@ -108,11 +113,12 @@ def run(
 ) -> None:
     """Prepare, then train."""
     path, config, folder = _open(experiment, settings, data_dir)
-    from runner import prepare as first
-    from runner.processes import Place, together
-    from runner.terminal import Terminal
-    from runner.train import require_train
-    from runner.train import train as second
+    with _importing():
+        from runner import prepare as first
+        from runner.processes import Place, together
+        from runner.terminal import Terminal
+        from runner.train import require_train
+        from runner.train import train as second
 
     terminal, place = Terminal(stderr=as_json), Place.of(require_train(config, path).trainer)
     with together(place) as all_of_them:
@@ -124,8 +130,9 @@ def run(
 @app.command(hidden=True)
 def follow() -> None:
     """Train with the process that has started this one."""
-    from runner.processes import Place, together
-    from runner.train import follow as verb
+    with _importing():
+        from runner.processes import Place, together
+        from runner.train import follow as verb
 
     with together(Place.of_follower()) as processes:
         verb(processes)
@@ -142,8 +149,9 @@ def watch(
     ] = False,
 ) -> None:
     """Show the learning curves of a run until it ends; without a terminal, a line an epoch."""
-    from runner import watch as verb
-    from runner.terminal import Terminal
+    with _importing():
+        from runner import watch as verb
+        from runner.terminal import Terminal
 
     if as_json:
         _print_json(verb.latest(run), wanted=True)
@@ -154,9 +162,10 @@ def watch(
 @app.command(short_help="Train a run again, and compare.")
 def reproduce(run: Run, data_dir: DataDir = None, as_json: Json = False) -> None:
     """Prepare and train again what a run was made from, and say whether it is identical."""
-    from runner import reproduce as verb
-    from runner.runs import find_run
-    from runner.terminal import Terminal
+    with _importing():
+        from runner import reproduce as verb
+        from runner.runs import find_run
+        from runner.terminal import Terminal
 
     result = verb.reproduce(find_run(run), data_dir, Terminal(stderr=as_json), sys.argv)
     _print_json(result, as_json)
@@ -179,11 +188,12 @@ def check_potential(
     as_json: Json = False,
 ) -> None:
     """Try whether a potential, with random weights, obeys physics and can be trained."""
-    from ase.data import chemical_symbols
+    with _importing():
+        from ase.data import chemical_symbols
 
-    from runner.check_potential import check_potential as verb
-    from runner.errors import ConfigError
-    from runner.terminal import Terminal
+        from runner.check_potential import check_potential as verb
+        from runner.errors import ConfigError
+        from runner.terminal import Terminal
 
     elements = element or ["H", "C", "N", "O"]
     unknown = [symbol for symbol in elements if symbol not in chemical_symbols[1:]]
@@ -199,8 +209,9 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON schema of an experiment file, for editors."""
-    from runner.config import json_schema
-    from runner.reference import reference as keys
+    with _importing():
+        from runner.config import json_schema
+        from runner.reference import reference as keys
 
     print(keys() if reference else json.dumps(json_schema(), indent=2))
 
@@ -214,12 +225,26 @@ def _options(
         raise typer.Exit
 
 
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Look for no garbage among the million objects that imports make, now or ever: none is."""
+    known = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > known:
+            gc.freeze()
+        gc.enable()
+
+
 def _open(
     experiment: Path, settings: list[str] | None, data_dir: Path | None
 ) -> tuple[Path, Config, Path]:
     """The config file of an experiment, what it says, and where datasets are kept."""
-    from runner.config import config_path, load_config
-    from runner.prepare import default_data_dir
+    with _importing():
+        from runner.config import config_path, load_config
+        from runner.prepare import default_data_dir
 
     path = config_path(experiment)
     return path, load_config(path, settings or []), data_dir or default_data_dir(path)

@@ -188,10 +188,18 @@ class Training(lightning.LightningModule):
         """Norm of the gradient of every term, with its weight, for some structures of a batch."""
         some = batch.parts(max(1, len(batch.n_atoms) // STRUCTURES_FOR_GRADIENTS))[0]
         parameters = [p for p in self.potential.parameters() if p.requires_grad]
-        for term, weight in self._weights().items():
-            alone = dict.fromkeys(self.loss.terms, 0.0) | {term: weight}
-            total = self._learnt(some, alone).total
-            found = torch.autograd.grad(total, parameters, allow_unused=True)
+        weights, together = self._weights(), None
+        if self.compiled is None or not self.compiled.fits(some):
+            together = self.step(some, weights).sums  # one prediction serves all terms
+        for term, weight in weights.items():
+            if together is None:
+                alone = dict.fromkeys(weights, 0.0) | {term: weight}
+                total = self._learnt(some, alone).total
+            else:
+                total = weight * together[term].mean
+            found: tuple[Tensor | None, ...] = ()
+            if total.requires_grad:  # a term may be one of labels and geometry alone
+                found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
             norm = torch.nn.utils.get_total_norm([g for g in found if g is not None])
             self._gradient_norms[term] = norm
 
