@@ -198,7 +198,11 @@ def check_potential(
     elements = element or ["H", "C", "N", "O"]
     unknown = [symbol for symbol in elements if symbol not in chemical_symbols[1:]]
     if unknown:
-        raise ConfigError(f"there is no element {unknown[0]}", where="--element")
+        raise ConfigError(
+            f"there is no element {unknown[0]}",
+            where="--element",
+            allowed="symbols such as H, C, Cl",
+        )
     _print_json(verb(name, settings or [], elements, Terminal(stderr=as_json)), as_json)
 
 

@@ -146,16 +146,16 @@ class Predictor:
                 allowed=f"checkpoint versions up to {CHECKPOINT_VERSION}",
             )
         config = potential_config(passport["potential"])
+        weights = checkpoint["state_dict"]
         potential = build_potential(
             config,
             passport["quantities"],
             passport["statistics"]["train"],
             passport["elements"],
             passport["quadrupole"],
+            weights["potential.energy.scale"].dtype,
         )
         prefix = "potential."
-        weights = checkpoint["state_dict"]
-        potential = potential.to(weights["potential.energy.scale"].dtype)
         potential.load_state_dict(
             {
                 name.removeprefix(prefix): tensor

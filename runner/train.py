@@ -323,8 +323,8 @@ def _train(
         dataset.attributes["statistics"]["train"],
         dataset.attributes["elements"],
         dataset.quadrupole,
+        PRECISIONS[config.precision],
     )
-    potential = potential.to(PRECISIONS[config.precision])
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     data = PreparedDataModule(
         dataset,

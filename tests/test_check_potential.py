@@ -86,3 +86,4 @@ def test_an_element_that_is_none() -> None:
     found = CliRunner().invoke(app, ["check-potential", "painn", "--element", "Xx"])
     assert isinstance(found.exception, ConfigError)
     assert "there is no element Xx" in str(found.exception)
+    assert "allowed: symbols such as H, C, Cl" in str(found.exception)

@@ -226,6 +226,26 @@ def test_energies_are_scaled_and_shifted(
     assert set(module.state_dict()) == {"scale", "shift"}
 
 
+@pytest.mark.parametrize("kind", ["one", "per_element"])
+def test_scale_and_shift_are_as_exact_as_the_weights(kind: str) -> None:
+    mean, std = -2841.123456789012, 1 / 3
+    statistics = {
+        "energy_per_atom_mean": mean,
+        "energy_per_atom_std": std,
+        "energy_by_element": {"H": mean},
+        "forces_rms": 3.0,
+        "forces_rms_by_element": {"H": 0.7},
+    }
+    table = {"name": "painn", "cutoff": "4 angstrom", "energy": {"scale": kind, "shift": kind}}
+    built = build_potential(potential_config(table), ["energy"], statistics, dtype=torch.float64)
+    energy, hydrogen = built.energy, torch.tensor([1])
+    zero, one = (energy(torch.tensor([y], dtype=torch.float64), hydrogen) for y in (0.0, 1e6))
+    assert zero.item() == pytest.approx(mean, rel=1e-15)
+    slope = std if kind == "one" else std * 0.7 / 3.0
+    assert (one - zero).item() == pytest.approx(1e6 * slope, rel=1e-12)
+    assert {weight.dtype for weight in built.parameters()} == {torch.float64}
+
+
 def test_a_statistic_that_is_not_there_is_named() -> None:
     text = r"no forces from which a value of each element(.|\n)*energy.scale(.|\n)*prepare again"
     with pytest.raises(DatasetError, match=text):

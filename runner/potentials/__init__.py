@@ -168,6 +168,7 @@ def build_potential(
     statistics: Mapping[str, Any],
     elements: Sequence[str] = (),
     quadrupole: Convention = "traced",
+    dtype: torch.dtype = torch.float32,
 ) -> Potential:
     """A potential with random weights.
 
@@ -177,6 +178,7 @@ def build_potential(
         statistics: of the training split, for the scale and the shift of the energies.
         elements: symbols of those in the data, for architectures that are built for some only.
         quadrupole: convention of the data's quadrupoles.
+        dtype: of its weights; the statistics are rounded to it, once.
 
     Raises:
         ConfigError: a class of the user's cannot be found, or does not fit.
@@ -190,7 +192,8 @@ def build_potential(
         architecture = build_foreign(config, heads, elements)
     else:
         architecture = POTENTIALS[config.name](config, heads)
-    energy = AtomicEnergies(config.energy, statistics)
-    return Potential(
+    energy = AtomicEnergies(config.energy, statistics, dtype)
+    potential = Potential(
         architecture, config, energy, quadrupole if "quadrupole" in quantities else None
     )
+    return potential.to(dtype)

@@ -33,19 +33,25 @@ class AtomicEnergies(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, config: EnergyConfig, statistics: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        config: EnergyConfig,
+        statistics: Mapping[str, object],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Take scale and shift from the statistics of the training split.
 
         Args:
             config: the `[train.potential.energy]` table.
             statistics: of the training split, as a prepared dataset has them; what is not there
                 counts as none, where a single number is asked for.
+            dtype: that they are rounded to.
 
         Raises:
             DatasetError: there are no statistics of the elements.
         """
         super().__init__()
-        scale, shift = _scale(config, statistics), _shift(config, statistics)
+        scale, shift = (of(config, statistics).to(dtype) for of in (_scale, _shift))
         if config.learnt:
             self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
         else:
@@ -67,14 +73,14 @@ def _scale(config: EnergyConfig, statistics: Mapping[str, object]) -> Tensor:
         whole = float(statistics["forces_rms"])  # type: ignore[arg-type]
         ratios = {symbol: value / whole for symbol, value in by_element.items() if value > 0}
         return _table({symbol: spread * ratio for symbol, ratio in ratios.items()}, spread)
-    return torch.tensor(spread if config.scale == "one" else 1.0)
+    return torch.tensor(spread if config.scale == "one" else 1.0, dtype=torch.float64)
 
 
 def _shift(config: EnergyConfig, statistics: Mapping[str, object]) -> Tensor:
     if config.shift == "per_element":
         return _table(_by_element("energy_by_element", "shift", statistics), 0.0)
     mean = float(statistics.get("energy_per_atom_mean") or 0.0)  # type: ignore[arg-type]
-    return torch.tensor(mean if config.shift == "one" else 0.0)
+    return torch.tensor(mean if config.shift == "one" else 0.0, dtype=torch.float64)
 
 
 def _by_element(name: str, key: str, statistics: Mapping[str, object]) -> Mapping[str, float]:
@@ -91,7 +97,7 @@ def _by_element(name: str, key: str, statistics: Mapping[str, object]) -> Mappin
 
 
 def _table(values: Mapping[str, float], otherwise: float) -> Tensor:
-    table = torch.full((N_ELEMENTS,), otherwise)
+    table = torch.full((N_ELEMENTS,), otherwise, dtype=torch.float64)
     for symbol, value in values.items():
         table[atomic_numbers[symbol]] = value
     return table
