@@ -168,7 +168,7 @@ def build_potential(
     statistics: Mapping[str, Any],
     elements: Sequence[str] = (),
     quadrupole: Convention = "traced",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Potential:
     """A potential with random weights.
 
@@ -178,7 +178,7 @@ def build_potential(
         statistics: of the training split, for the scale and the shift of the energies.
         elements: symbols of those in the data, for architectures that are built for some only.
         quadrupole: convention of the data's quadrupoles.
-        dtype: of its weights; the statistics are rounded to it, once.
+        dtype: of its weights; the statistics are rounded to it, once. None is torch's default.
 
     Raises:
         ConfigError: a class of the user's cannot be found, or does not fit.
@@ -196,4 +196,4 @@ def build_potential(
     potential = Potential(
         architecture, config, energy, quadrupole if "quadrupole" in quantities else None
     )
-    return potential.to(dtype)
+    return potential.to(potential.dtype)

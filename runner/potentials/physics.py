@@ -37,7 +37,7 @@ class AtomicEnergies(nn.Module):
         self,
         config: EnergyConfig,
         statistics: Mapping[str, object],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Take scale and shift from the statistics of the training split.
 
@@ -45,12 +45,13 @@ class AtomicEnergies(nn.Module):
             config: the `[train.potential.energy]` table.
             statistics: of the training split, as a prepared dataset has them; what is not there
                 counts as none, where a single number is asked for.
-            dtype: that they are rounded to.
+            dtype: that they are rounded to. None is torch's default.
 
         Raises:
             DatasetError: there are no statistics of the elements.
         """
         super().__init__()
+        dtype = dtype or torch.get_default_dtype()
         scale, shift = (of(config, statistics).to(dtype) for of in (_scale, _shift))
         if config.learnt:
             self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
