@@ -1,3 +1,3 @@
 """Train neural network potentials on quantum-chemistry data, from one TOML file."""
 
-__version__ = "0.7.0"
+__version__ = "0.7.1"

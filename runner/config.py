@@ -775,6 +775,11 @@ class WeightSchedule(Section):
             )
         return self
 
+    @property
+    def highest(self) -> float:
+        """The highest weight on the way."""
+        return max(self.start, self.end)
+
     def at(self, epoch: int, step: float = 0.0) -> float:
         """The weight in an epoch, at a step, both counted from 0."""
         done = epoch / self.epochs if self.epochs is not None else step / (self.steps or 1)
@@ -805,6 +810,11 @@ class PiecewiseWeight(Section):
                 "than values: { values = [1.0, 10.0, 100.0], epochs = [20, 50] }"
             )
         return self
+
+    @property
+    def highest(self) -> float:
+        """The highest weight on the way."""
+        return max(self.values)
 
     def at(self, epoch: int, step: float = 0.0) -> float:
         """The weight in an epoch, at a step, both counted from 0."""
@@ -841,6 +851,11 @@ class TermConfig(Section):
         """The weight in an epoch, at a step, both counted from 0."""
         weight = self.weight
         return weight if isinstance(weight, int | float) else weight.at(epoch, step)
+
+    @property
+    def highest_weight(self) -> float:
+        """The highest weight on the way."""
+        return self.weight if isinstance(self.weight, int | float) else self.weight.highest
 
 
 class LossTermConfig(TermConfig):
@@ -1276,6 +1291,14 @@ class StageConfig(Section):
     weights: dict[str, NonNegative] = {}
     """Weights of the loss's terms by name; the others stay as they are."""
 
+    @model_validator(mode="after")
+    def _changes_something(self) -> StageConfig:
+        if self.lr is None and not self.weights:
+            raise _reject(
+                "the stage changes nothing; give it lr = 1e-4, or weights = { energy = 10.0 }"
+            )
+        return self
+
 
 class EarlyStoppingConfig(Section):
     """`[train.early_stopping]`: end when the validation loss no longer improves."""
@@ -1447,6 +1470,12 @@ class TrainConfig(Section):
                     f"a stage gives {unknown[0]} a weight, which is no term of the loss: "
                     f"{', '.join(self.loss.terms)}"
                 )
+        weights = [term.highest_weight for term in self.loss.terms.values()]
+        if not any([*weights, *(w for stage in self.stage for w in stage.weights.values())]):
+            raise _reject(
+                f"every weight of the loss is 0, so that nothing is trained: "
+                f"{', '.join(self.loss.terms)}; give one of them a weight"
+            )
         if isinstance(self.average, SWAConfig) and self.average.start > self.epochs:
             raise _reject(f"train.average starts in epoch {self.average.start} of {self.epochs}")
         return self
@@ -1507,11 +1536,19 @@ class Document:
     places: dict[Location, str] = field(default_factory=dict)
 
     def place(self, location: Location) -> str:
-        """`file:line` of a key, or of the nearest table around it that stands somewhere."""
-        for length in range(len(location), -1, -1):
-            if location[:length] in self.places:
-                return self.places[location[:length]]
-        return ""
+        """`file:line` of a key, or of the nearest table around it that stands somewhere.
+
+        With the `--set` that have changed a table.
+        """
+        around = (location[:length] for length in range(len(location), -1, -1))
+        nearest = next((self.places[one] for one in around if one in self.places), "")
+        below = [loc for loc in self.places if len(loc) > len(location) and _is_in(loc, location)]
+        settings = [self.places[loc] for loc in below if self.places[loc].startswith("--set ")]
+        return " with ".join(filter(None, [nearest, ", ".join(settings)]))
+
+
+def _is_in(location: Location, table: Location) -> bool:
+    return location[: len(table)] == table
 
 
 def config_path(experiment: Path) -> Path:
@@ -1620,7 +1657,7 @@ def _read_document(path: Path, extended_by: tuple[Path, ...]) -> Document:
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not valid TOML: {error}", where=str(path)) from None
     base = tables.pop("extends", None)
-    document = Document(tables)
+    document = Document(tables, {(): str(path)})
     for location, line in _lines(text):
         for length in range(1, len(location) + 1):  # [a.b] makes a table a as well
             document.places.setdefault(location[:length], f"{path}:{line}")
@@ -1722,7 +1759,10 @@ def _apply_setting(document: Document, setting: str) -> None:
     if not isinstance(table, dict) and not (isinstance(last, int) and last < len(table)):
         raise ConfigError(f'--set "{setting}": {".".join(map(str, location))} is not a table')
     table[last] = value
-    document.places[(*location, last)] = f"--set {setting}"
+    location = (*location, last)
+    for inside in [one for one in document.places if _is_in(one, location)]:
+        del document.places[inside]
+    document.places[location] = f"--set {setting}"
 
 
 def _step(table: Any, key: str, location: Location, setting: str) -> tuple[Any, Location]:

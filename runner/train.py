@@ -338,6 +338,11 @@ def _train(
     )
     weights = sum(parameter.numel() for parameter in potential.parameters())
     terminal.say(f"potential {config.potential.name}, {weights} weights")
+    if config.schedule.warmup > config.epochs:
+        terminal.say(
+            f"the warm-up ({config.schedule.warmup:g} epochs) is longer than the training "
+            f"({config.epochs}): the learning rate stays below {config.optimizer.lr:g}"
+        )
     incomplete = [name for name, n in dataset.labels.items() if n < len(dataset)]
     compiled = _compiles(config, data, terminal)
     if place.rank == 0:

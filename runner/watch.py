@@ -108,7 +108,10 @@ class Progress:
         return None if lowest is None else (lowest[0], int(lowest[1]))
 
     def summary(self) -> dict[str, Any]:
-        """Plain data: values in eV, Å and e; the best epoch is that of the validation loss."""
+        """Plain data: values in eV, Å and e.
+
+        The best epoch is that of the validation loss, and numbered as in `metrics.csv`: from 0.
+        """
         best = self.best(f"val/{LOSS}")
         manifest = read_manifest(self.run)
         return {
@@ -119,7 +122,7 @@ class Progress:
             "epoch": len(self.rows),
             "epochs": self.epochs,
             "seconds_an_epoch": round(self.seconds_an_epoch, 3),
-            "best": None if best is None else {"epoch": best[1], "total_loss": best[0]},
+            "best": None if best is None else {"epoch": best[1] - 1, "total_loss": best[0]},
             "latest": _without_times(self.rows[-1]) if self.rows else {},
             "test": {k.removeprefix("test/"): v for k, v in self.test.items() if k != "step"},
         }

@@ -230,6 +230,18 @@ def test_settings_lie_on_top(tmp_path: Path) -> None:
         ("prepare.source.7.path=x", "there is no table prepare.source.7"),
         ("prepare.source.7=x", "is not a table"),
         ("train.epoch=3", r'--set train.epoch=3  train.epoch(.|\n)*did you mean "epochs"'),
+        (
+            "prepare.split={train=0.7, val=0.3, seed='x'}",
+            r"  --set prepare.split=\S+ val=0.3, seed='x'\}  prepare.split.seed\n +found 'x'",
+        ),
+        (
+            "train.stage=[{start=1}]",
+            r"  --set train.stage=\S+  train.stage.0\n +the stage changes nothing; give it lr",
+        ),
+        (
+            "train.stage=[{start=100, lr=1e-3}]",
+            r"config.toml:\d+ with --set train.stage=.*  train\n +the stages start at epochs 100",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path: Path, setting: str, message: str) -> None:
@@ -250,6 +262,27 @@ def test_an_experiment_is_a_directory_or_a_file(tmp_path: Path) -> None:
         config_path(tmp_path)
     (tmp_path / "config.toml").write_text(GOOD)
     assert config_path(tmp_path) == config_path(tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet"])
+def test_an_empty_config_names_its_file(tmp_path: Path, text: str) -> None:
+    found = _mistakes(tmp_path, text)
+    assert f"{tmp_path / 'config.toml'}  prepare\n    this key is missing" in found
+
+
+ZERO = ["train.loss.energy.weight=0", "train.loss.forces.weight={start=0, end=0, epochs=9}"]
+
+
+def test_a_loss_that_weighs_nothing_is_refused(tmp_path: Path) -> None:
+    found = _mistakes(tmp_path, GOOD, *ZERO)
+    assert "every weight of the loss is 0, so that nothing is trained: energy, forces" in found
+    later = {
+        "train.stage": "[{start=3, weights={forces=1}}]",
+        "train.loss.energy.weight": "{values=[0, 1], epochs=[5]}",
+        "train.loss.forces.weight": "{start=0, end=1, epochs=9}",
+    }
+    for key, value in later.items():
+        assert _load(tmp_path, GOOD, *ZERO, f"{key}={value}").train is not None
 
 
 def test_a_schedule_is_a_pure_function_of_the_epoch() -> None:

@@ -403,6 +403,18 @@ def test_the_rate_follows_schedule_and_stages(tmp_path: Path) -> None:
         assert float(row["train/loss/total_loss"]) == pytest.approx(total, rel=1e-6)
 
 
+def test_a_warm_up_that_does_not_end_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = 'train.schedule={name="constant", warmup=2.5}'
+    rows = _rows(_run(write_experiment(tmp_path), schedule, "train.epochs=1"))
+    assert float(rows[0]["lr"]) < 5e-3
+    assert (
+        "the warm-up (2.5 epochs) is longer than the training (1): the learning rate stays below "
+        "0.005"
+    ) in capsys.readouterr().out
+
+
 def test_double_precision_trains_measures_and_predicts_in_it(tmp_path: Path) -> None:
     result = _run(write_experiment(tmp_path), 'train.precision="64-true"', "train.epochs=1")
     predictor = Predictor.load(Path(result["run"]))

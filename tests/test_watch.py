@@ -198,7 +198,7 @@ def test_the_latest_values_as_json(run: Path) -> None:
         "epochs": 20,
         "seconds_an_epoch": 2.0,
     }
-    assert found["best"] == {"epoch": 8, "total_loss": 2 * math.exp(-7 / 4)}
+    assert found["best"] == {"epoch": 7, "total_loss": 2 * math.exp(-7 / 4)}
     assert found["latest"]["val/forces_mae"] == 0.2 * math.exp(-7 / 4)
     assert found["test"] == {"forces_mae": 0.5}
     assert found["run"] == str(run)
