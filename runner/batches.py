@@ -89,6 +89,12 @@ class Batch:
         labelled = {name: move(mask) for name, mask in self.labelled.items()}
         return replace(self, **tensors, labels=labels, labelled=labelled)
 
+    def double(self) -> Batch:
+        """The same batch in double precision; its numbers stay those of single precision."""
+        labels = {name: label.double() for name, label in self.labels.items()}
+        cell = None if self.cell is None else self.cell.double()
+        return replace(self, positions=self.positions.double(), labels=labels, cell=cell)
+
     def none(self) -> Batch:
         """A batch of no structure, otherwise like this one."""
         return replace(self._part(0, 0, [0, 0], [0, 0]), labelled={})

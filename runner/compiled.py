@@ -9,6 +9,7 @@ The eager step stays the reference; it also takes the batches that are too small
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -44,6 +45,7 @@ from runner.losses import Loss, Sum, Whole
 from runner.potentials import Potential
 
 TOLERANCE = 1e-3
+ROUNDING = 10  # times as far from the step in double precision as the eager one is
 # where Inductor of torch 2.13 reorders operations to save memory, or fuses them, some read what is
 # not yet written; the step is checked, and compiled with fewer liberties if it is wrong
 LIBERTIES: list[dict[str, Any]] = [
@@ -84,6 +86,11 @@ class Step:
             derivatives: whether forces and stress are needed.
         """
         self.potential, self.loss, self.derivatives = potential, loss, dict(derivatives)
+
+    def double(self) -> Step:
+        """The same in double precision, on a CPU."""
+        potential, loss = copy.deepcopy(self.potential), copy.deepcopy(self.loss)
+        return Step(potential.cpu().double(), loss.cpu().double(), self.derivatives)
 
     def __call__(
         self, batch: Batch, weights: Mapping[str, Any], whole: Whole | None = None
@@ -285,38 +292,56 @@ class CompiledStep:
     def _compare(self, batch: Batch, weights: Mapping[str, float]) -> str:
         """How the compiled step differs from the eager one on a batch; empty if it does not.
 
-        Of a large batch some parts are compared, so that the eager step needs little memory.
+        Of a large batch some parts are compared, so that the eager step needs little memory. A loss
+        of almost 0 is the square of what rounding leaves of almost equal numbers: there the two
+        differ by more, and the step in double precision tells how much rounding does.
         """
         some = batch.parts(-(-batch.half_pairs.shape[1] // (2 * PAIRS_IN_PART)), GENERAL_FROM)[0]
         batch = some if _is_general(some) else batch
-        totals, numbers = [], []
-        for step in (self._compute, self.step):
-            result = step(batch, weights)
-            totals.append(result.total.item())
-            numbers.append(self._gradients(result) if self.learns else _values(result))
-        if not math.isfinite(totals[1]):  # said elsewhere
+        eager = self._numbers(self.step(batch, weights), self._parameters)
+        if not eager[0].isfinite():  # said elsewhere
             return ""
-        largest = max(float(g.abs().max()) for g in numbers[1])
-        off = max(float((a - b).abs().max()) for a, b in zip(*numbers, strict=True))
-        if off <= TOLERANCE * largest and abs(totals[0] - totals[1]) <= TOLERANCE * abs(totals[1]):
+        compiled = self._numbers(self._compute(batch, weights), self._parameters)
+        off = _off(compiled, eager)
+        if max(off) <= TOLERANCE:
+            return ""
+        step = self.step.double()
+        parameters = dict(step.potential.named_parameters())
+        exact = self._numbers(step(batch.to("cpu").double(), weights), parameters)
+        if max(_off(compiled, exact)) <= ROUNDING * max(_off(eager, exact)):
             return ""
         what = "gradients" if self.learns else "predictions"
         return (
-            f"its loss is {totals[0]:.6g} instead of {totals[1]:.6g}, its {what} are off by "
-            f"{off / largest:.2g} of the largest"
+            f"its loss is {compiled[0].item():.6g} instead of {eager[0].item():.6g}, its {what} "
+            f"are off by {off[1]:.2g} of the largest"
         )
 
-    def _gradients(self, result: StepResult) -> list[Tensor]:
-        """Of the loss by each parameter."""
-        parameters = list(self._parameters.values())
-        found = torch.autograd.grad(result.total, parameters, allow_unused=True)
-        given = zip(parameters, found, strict=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in given]
+    def _numbers(self, result: StepResult, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """The loss, and its gradients or what is predicted; 0 for what cannot be."""
+        if not self.learns:
+            values = [result.prediction[name].nan_to_num() for name in sorted(result.prediction)]
+        else:
+            values = list(
+                torch.autograd.grad(
+                    result.total,
+                    list(parameters.values()),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+        return [number.detach().cpu().double() for number in (result.total, *values)]
 
 
-def _values(result: StepResult) -> list[Tensor]:
-    """What is predicted; 0 for what cannot be."""
-    return [result.prediction[name].detach().nan_to_num() for name in sorted(result.prediction)]
+def _off(numbers: list[Tensor], reference: list[Tensor]) -> tuple[float, float]:
+    """How far the loss is from the reference, and the other numbers in shares of the largest."""
+    loss, *others = ((a - b).abs() for a, b in zip(numbers, reference, strict=True))
+    largest = max(float(number.abs().max()) for number in reference[1:])
+    furthest = max(float(other.max()) for other in others)
+    return _share(float(loss), float(reference[0].abs())), _share(furthest, largest)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.inf * part if part else 0.0
 
 
 def _alone() -> None:

@@ -226,6 +226,36 @@ def test_a_wrong_compilation_is_noticed_and_another_one_tried(
     assert tried == expected
 
 
+def test_where_rounding_makes_the_loss_a_compilation_is_as_right_as_the_step_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A potential that has learnt its data: its errors are the last digits of its numbers."""
+    step, batch = _step("painn", {"energy": {}, "forces": {}}), _two()
+    weights = {"energy": 1.0, "forces": 1.0}
+    exact = step.double().potential(batch.double(), forces=True)
+    learnt = {name: exact[name].detach().float() for name in ("energy", "forces")}
+    batch = replace(batch, labels=batch.labels | learnt)
+    assert 0 < step(batch, weights).total.item() < 1e-10
+
+    def other(by: float) -> None:
+        def off(graph: Callable[..., list[torch.Tensor]], *_: Any) -> Callable[..., Any]:
+            def program(*given: torch.Tensor) -> list[torch.Tensor]:
+                first, *rest = given
+                return graph(first * (1 + by), *rest)
+
+            return program
+
+        monkeypatch.setattr(compiled_module, "_compiled", off)
+        CompiledStep(step)(batch, weights)
+
+    other(by=2e-7)  # a digit that rounding may make another
+    with pytest.raises(RunError, match="the compiled step does not give"):
+        other(by=1e-4)
+    monkeypatch.setattr(compiled_module, "ROUNDING", 0)
+    with pytest.raises(RunError, match="the compiled step does not give"):
+        other(by=2e-7)
+
+
 def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise OSError("no g++ here\nlong story")

@@ -89,7 +89,7 @@ def main() -> None:
     print("| | " + " | ".join(f"{t:.0f} s" for t in budgets) + " |")
     print("|---|" + "---|" * len(budgets))
     for label, values in rows.items():
-        print(f"| {label} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
+        print(f"| {label} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
     peers = [values for label, values in rows.items() if label != "runner"]
     if peers:
         best = [min(column) for column in zip(*peers, strict=True)]
