@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
 import io
 import json
@@ -18,6 +19,8 @@ import os
 import pickle
 import platform
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -53,8 +56,14 @@ LIBERTIES: list[dict[str, Any]] = [
     {"reorder_for_peak_memory": False, "max_fusion_size": 1},
 ]
 # a program in C++ lets other threads of Python run beside it; it has no threads of its own, which
-# would cost the many small operations of a step more than they bring
-ON_CPU: dict[str, Any] = {"cpp_wrapper": True, "cpp.threads": 1}
+# would cost the many small operations of a step more than they bring. Its operations and what calls
+# them are two files, of which only the first is worth optimising, and has no lines to be debugged
+ON_CPU: dict[str, Any] = {
+    "cpp_wrapper": True,
+    "cpp.threads": 1,
+    "cpp_wrapper_build_separate": True,
+    "aot_inductor.enable_line_tables": False,
+}
 PAIRS_IN_PART = 400  # what pairs have for features then stays in a core's cache
 GENERAL_FROM = 2  # sizes of 0 and 1 are special to a compiler
 
@@ -145,6 +154,7 @@ class CompiledStep:
         self._function: Any = None
         self._layout: _Layout | None = None
         self._calls = 0
+        self._aside: _Aside | None = None
         self.threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.threads, initializer=_alone)
 
@@ -170,21 +180,49 @@ class CompiledStep:
             raise _is_wrong(wrong)
         return self._compute(batch, weights, whole)
 
-    def _compile(self, batch: Batch, weights: Mapping[str, float]) -> None:
+    def compile_aside(self, batch: Batch, weights: Mapping[str, float]) -> None:
+        """Begin to compile in a process of its own, where the program is found when it is needed.
+
+        Nothing happens if it is there already, or cannot be kept.
+
+        Args:
+            batch: of the kind that it will be called with.
+            weights: of the terms.
+        """
+        batch = _with_masks(batch, self.incomplete)
+        if self._function is None and self._aside is None and self.fits(batch):
+            tries = self._tries(batch)
+            if tries[0][1] is not None and not tries[0][1].is_dir():
+                self._aside = _Aside(self.step, self.incomplete, self.learns, batch, weights, tries)
+
+    def close(self) -> None:
+        """Compile no more in the process that `compile_aside` has begun."""
+        if self._aside is not None:
+            self._aside.close()
+
+    def _tries(self, batch: Batch) -> list[_Try]:
+        """With what options it is compiled, one after the other, and where each program is kept."""
+        on_cpu = ON_CPU if batch.positions.device.type == "cpu" else {}
+        return [(o, self._place(batch, o)) for o in (free | on_cpu for free in LIBERTIES)]
+
+    def _compile(
+        self, batch: Batch, weights: Mapping[str, float], tries: Sequence[_Try] | None = None
+    ) -> None:
         """Trace, and compile with as many liberties as are right.
 
         Raises:
             RunError: it cannot be compiled, or is wrong.
         """
-        on_cpu = ON_CPU if batch.positions.device.type == "cpu" else {}
+        if self._aside is not None:
+            self._aside.wait()
         traced: tuple[Any, list[Tensor]] | None = None
-        for options in (liberties | on_cpu for liberties in LIBERTIES):
-            place = self._place(batch, options)
+        for options, place in tries or self._tries(batch):
             known = None if place is None else _load(place, options)
             if known is None:
                 factors = self._factors(batch, weights)
-                traced = traced or self._trace(self._state(), factors, batch)
-                self._function = _compiled(*traced, options)
+                with _collecting_no_garbage():
+                    traced = traced or self._trace(self._state(), factors, batch)
+                    self._function = _compiled(*traced, options)
                 if place is not None:
                     assert self._layout is not None
                     _keep(place, self._function, self._layout)
@@ -199,12 +237,13 @@ class CompiledStep:
     def _place(self, batch: Batch, options: Mapping[str, Any]) -> Path | None:
         """Where the program is kept; None if it is made by code that may change unnoticed."""
         step, state = self.step, self._state()
-        inputs = {id(t): [0, *t.shape] for t in (*self._parameters.values(), *state)}
+        inputs: dict[int, Sequence[int]] = {id(t): t.shape for t in state}
+        for parameter in self._parameters.values():
+            inputs[id(parameter)] = (self.learns and parameter.requires_grad, *parameter.shape)
         inputs |= {id(t): _symbols(name, t) for name, t in _tensors(batch).items()}
         made_of = [
             *(step.potential, step.loss, step.derivatives, self.learns, self.incomplete, batch),
-            *(dict(options), _machine(), torch.are_deterministic_algorithms_enabled()),
-            *(torch.get_default_dtype(), torch.get_float32_matmul_precision()),
+            *(dict(options), _machine(), *_settings()),
         ]
         text = io.BytesIO()
         try:
@@ -332,6 +371,74 @@ class CompiledStep:
         return [number.detach().cpu().double() for number in (result.total, *values)]
 
 
+_Try = tuple[dict[str, Any], Path | None]
+"""Options of the compiler, and where the program that they make is kept, if it is."""
+
+COMPILE = "import sys; from runner.compiled import compile_for_another as compile; compile(sys.argv[1])"
+
+
+class _Aside:
+    """A process that compiles a step, for this one to find the program where it is kept."""
+
+    def __init__(self, *task: Any) -> None:
+        """Begin, if the task can be handed over; see `compile_for_another`."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._file = tempfile.NamedTemporaryFile(prefix="runner-", suffix=".step")
+        try:
+            pickle.dump((_settings(), task), self._file)
+            self._file.flush()
+        except (pickle.PicklingError, AttributeError, TypeError, OSError):
+            self._file.close()
+            return
+        words = [sys.executable, "-c", COMPILE, self._file.name]
+        quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        # in a session of its own, Ctrl-C does not reach it
+        self._process = subprocess.Popen(words, **quiet, start_new_session=True)
+
+    def wait(self) -> None:
+        """Until it has ended; whether it has made a program is seen where that is kept."""
+        if self._process is not None:
+            self._process.wait()
+        self._file.close()
+
+    def close(self) -> None:
+        """End it, with the compilers that it has started."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self.wait()
+
+
+def compile_for_another(file: str) -> None:
+    """Compile what another process asks for, which finds the program where it is kept.
+
+    Args:
+        file: a pickle by that process, of which the step, its labels that may be missing, whether
+            it learns, a batch, weights of the loss, and the options and places of the program.
+    """
+    with Path(file).open("rb") as stream:
+        (deterministic, fills, dtype, precision), task = pickle.load(stream)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(1)
+    step, incomplete, learns, batch, weights, tries = task
+    CompiledStep(step, incomplete, learns=learns)._compile(batch, weights, tries)
+
+
+@contextlib.contextmanager
+def _collecting_no_garbage() -> Iterator[None]:
+    """Among the millions of objects that a compiler makes, looking for it takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _off(numbers: list[Tensor], reference: list[Tensor]) -> tuple[float, float]:
     """How far the loss is from the reference, and the other numbers in shares of the largest."""
     loss, *others = ((a - b).abs() for a, b in zip(numbers, reference, strict=True))
@@ -402,7 +509,7 @@ class _Pickler(pickle.Pickler):
 
         Args:
             file: to write to.
-            inputs: the shape of each tensor that the program is given, by its `id`.
+            inputs: what is to be known of each tensor that the program is given, by its `id`.
         """
         super().__init__(file, protocol=5)
         self.inputs = inputs
@@ -413,10 +520,11 @@ class _Pickler(pickle.Pickler):
             return ("set", *sorted(repr(element) for element in obj))
         if not isinstance(obj, Tensor):
             return None
-        kind = (str(obj.dtype), str(obj.device), type(obj).__name__, obj.requires_grad)
+        kind = (str(obj.dtype), str(obj.device), type(obj).__name__)
         if id(obj) in self.inputs:
             return (*kind, *self.inputs[id(obj)])
-        return (*kind, tuple(obj.shape), obj.detach().cpu().numpy().tobytes())
+        values = obj.detach().cpu().numpy().tobytes()
+        return (*kind, obj.requires_grad, tuple(obj.shape), values)
 
     def reducer_override(self, obj: object) -> Any:
         """Refuse code that may change unnoticed."""
@@ -442,6 +550,16 @@ def _machine() -> list[str]:
         if name == "CXX" or (name.startswith("TORCH") and not name.endswith("CACHE_DIR"))
     ]
     return [code.hexdigest(), sys.version, torch.__version__, *processor, *settings]
+
+
+def _settings() -> tuple[bool, bool, torch.dtype, str]:
+    """Of torch, what a program depends on."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+    )
 
 
 def _programs() -> Path:

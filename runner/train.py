@@ -600,7 +600,10 @@ def _fit(
     checkpoint: Path | None,
 ) -> None:
     with _quiet(), _ends_clearly(trainer, module.config.batch), _threads(module):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        finally:
+            module.close()
 
 
 @contextlib.contextmanager

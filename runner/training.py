@@ -184,6 +184,18 @@ class Training(lightning.LightningModule):
             self.say(f"steps are no longer compiled: {error.what}")
             return step(batch, weights, whole)
 
+    def _compile_evaluation_aside(self, batch: Batch) -> None:
+        """While the training step is compiled, or used, so that both take as long as one."""
+        if self.evaluation is None or self.trainer.world_size > 1:
+            return
+        step = self.measured
+        for part in (step.potential, step.loss):  # as it will be measured
+            part.eval()
+        self.evaluation.use(step)
+        self.evaluation.compile_aside(batch, self._weights())
+        for part in (step.potential, step.loss):
+            part.train()
+
     def _measure_gradients(self, batch: Batch) -> None:
         """Norm of the gradient of every term, with its weight, for some structures of a batch."""
         some = batch.parts(max(1, len(batch.n_atoms) // STRUCTURES_FOR_GRADIENTS))[0]
@@ -202,6 +214,11 @@ class Training(lightning.LightningModule):
                 found = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
             norm = torch.nn.utils.get_total_norm([g for g in found if g is not None])
             self._gradient_norms[term] = norm
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        if self.evaluation is not None:
+            self.evaluation.close()
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the checkpoint that is resumed."""
@@ -322,6 +339,7 @@ class Training(lightning.LightningModule):
         checkpoint that is written there.
         """
         if not self._gradient_norms:
+            self._compile_evaluation_aside(batch)
             self._measure_gradients(batch)
         n = self.trainer.num_training_batches
         rate = self.rate_at(self.current_epoch + batch_idx / n, 1 / n)
