@@ -174,7 +174,8 @@ class CompiledStep:
         """The same as the eager step to rounding."""
         batch = _with_masks(batch, self.incomplete)
         if self._function is None:
-            self._compile(batch, weights)
+            with _collecting_no_garbage():
+                self._compile(batch, weights)
         self._calls += 1
         if self._calls & (self._calls - 1) == 0 and (wrong := self._compare(batch, weights)):
             raise _is_wrong(wrong)
@@ -220,9 +221,8 @@ class CompiledStep:
             known = None if place is None else _load(place, options)
             if known is None:
                 factors = self._factors(batch, weights)
-                with _collecting_no_garbage():
-                    traced = traced or self._trace(self._state(), factors, batch)
-                    self._function = _compiled(*traced, options)
+                traced = traced or self._trace(self._state(), factors, batch)
+                self._function = _compiled(*traced, options)
                 if place is not None:
                     assert self._layout is not None
                     _keep(place, self._function, self._layout)
@@ -424,7 +424,8 @@ def compile_for_another(file: str) -> None:
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(1)
     step, incomplete, learns, batch, weights, tries = task
-    CompiledStep(step, incomplete, learns=learns)._compile(batch, weights, tries)
+    with _collecting_no_garbage():
+        CompiledStep(step, incomplete, learns=learns)._compile(batch, weights, tries)
 
 
 @contextlib.contextmanager

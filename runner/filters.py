@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from runner.config import FilterConfig
 from runner.errors import InputError
@@ -167,6 +165,9 @@ def first_of_duplicates(
 def _first_of_each(same: Sequence[tuple[int, int]], n: int) -> np.ndarray:
     """The lowest number of those that each of n is linked to, by whatever way."""
     links = np.array(same, np.int64).reshape(-1, 2)
+    from scipy.sparse import coo_array  # a fifth of a second, which a training need not take
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(links), bool), (links[:, 0], links[:, 1])), shape=(n, n))
     owner = connected_components(graph, directed=False)[1]
     first = np.full(n, n)

@@ -48,6 +48,8 @@ def conversion_factor(unit: str, target: str) -> float:
     Raises:
         UnitError: unknown unit, or one of another dimension than `target`.
     """
+    if unit == target:  # as in most files: there pint, which takes its time, has nothing to say
+        return 1.0
     registry = _registry()
     found = _parse(unit)
     if found.dimensionality.get("[substance]") == -1:
