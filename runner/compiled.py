@@ -191,10 +191,15 @@ class CompiledStep:
             weights: of the terms.
         """
         batch = _with_masks(batch, self.incomplete)
-        if self._function is None and self._aside is None and self.fits(batch):
+        if not self.begun and self.fits(batch):
             tries = self._tries(batch)
             if tries[0][1] is not None and not tries[0][1].is_dir():
                 self._aside = _Aside(self.step, self.incomplete, self.learns, batch, weights, tries)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is compiled, here or in a process of its own."""
+        return self._function is not None or self._aside is not None
 
     def close(self) -> None:
         """Compile no more in the process that `compile_aside` has begun."""
@@ -374,7 +379,7 @@ class CompiledStep:
 _Try = tuple[dict[str, Any], Path | None]
 """Options of the compiler, and where the program that they make is kept, if it is."""
 
-COMPILE = "import sys; from runner.compiled import compile_for_another as compile; compile(sys.argv[1])"
+COMPILE = "from runner.compiled import compile_for_another as compile; compile()"
 
 
 class _Aside:
@@ -383,23 +388,21 @@ class _Aside:
     def __init__(self, *task: Any) -> None:
         """Begin, if the task can be handed over; see `compile_for_another`."""
         self._process: subprocess.Popen[bytes] | None = None
-        self._file = tempfile.NamedTemporaryFile(prefix="runner-", suffix=".step")
-        try:
-            pickle.dump((_settings(), task), self._file)
-            self._file.flush()
-        except (pickle.PicklingError, AttributeError, TypeError, OSError):
-            self._file.close()
-            return
-        words = [sys.executable, "-c", COMPILE, self._file.name]
-        quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        # in a session of its own, Ctrl-C does not reach it
-        self._process = subprocess.Popen(words, **quiet, start_new_session=True)
+        with contextlib.suppress(pickle.PicklingError, AttributeError, TypeError, OSError):
+            text = pickle.dumps((_settings(), task))
+            quiet: Any = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+            with tempfile.TemporaryFile() as file:
+                file.write(text)
+                file.seek(0)
+                # in a session of its own, where Ctrl-C does not reach it
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", COMPILE], stdin=file, start_new_session=True, **quiet
+                )
 
     def wait(self) -> None:
         """Until it has ended; whether it has made a program is seen where that is kept."""
         if self._process is not None:
             self._process.wait()
-        self._file.close()
 
     def close(self) -> None:
         """End it, with the compilers that it has started."""
@@ -409,15 +412,12 @@ class _Aside:
         self.wait()
 
 
-def compile_for_another(file: str) -> None:
+def compile_for_another() -> None:
     """Compile what another process asks for, which finds the program where it is kept.
 
-    Args:
-        file: a pickle by that process, of which the step, its labels that may be missing, whether
-            it learns, a batch, weights of the loss, and the options and places of the program.
+    On the standard input comes what `_Aside` has pickled.
     """
-    with Path(file).open("rb") as stream:
-        (deterministic, fills, dtype, precision), task = pickle.load(stream)
+    (deterministic, fills, dtype, precision), task = pickle.load(sys.stdin.buffer)
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
     torch.set_default_dtype(dtype)
@@ -430,7 +430,7 @@ def compile_for_another(file: str) -> None:
 
 @contextlib.contextmanager
 def _collecting_no_garbage() -> Iterator[None]:
-    """Among the millions of objects that a compiler makes, looking for it takes a tenth of the time."""
+    """Not to look for any among the millions of objects that a compiler makes, and lives with."""
     enabled = gc.isenabled()
     gc.disable()
     try:

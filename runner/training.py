@@ -186,7 +186,7 @@ class Training(lightning.LightningModule):
 
     def _compile_evaluation_aside(self, batch: Batch) -> None:
         """While the training step is compiled, or used, so that both take as long as one."""
-        if self.evaluation is None or self.trainer.world_size > 1:
+        if self.evaluation is None or self.evaluation.begun or self.trainer.world_size > 1:
             return
         step = self.measured
         for part in (step.potential, step.loss):  # as it will be measured
