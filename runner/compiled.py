@@ -182,16 +182,16 @@ class CompiledStep:
         return self._compute(batch, weights, whole)
 
     def compile_aside(self, batch: Batch, weights: Mapping[str, float]) -> None:
-        """Begin to compile in a process of its own, where the program is found when it is needed.
+        """Begin to compile in a process of its own, for the program to be there when it is needed.
 
-        Nothing happens if it is there already, or cannot be kept.
+        Nothing happens if it is there already, cannot be kept, or is one for a GPU.
 
         Args:
             batch: of the kind that it will be called with.
             weights: of the terms.
         """
         batch = _with_masks(batch, self.incomplete)
-        if not self.begun and self.fits(batch):
+        if not self.begun and self.fits(batch) and batch.positions.device.type == "cpu":
             tries = self._tries(batch)
             if tries[0][1] is not None and not tries[0][1].is_dir():
                 self._aside = _Aside(self.step, self.incomplete, self.learns, batch, weights, tries)

@@ -213,7 +213,7 @@ def test_units_are_converted_where_files_are_read_and_settings_are_checked() -> 
 def test_pickles_are_neither_written_nor_trusted() -> None:
     for name, tree in MODULES.items():
         picklers = {"pickle", "dill", "cloudpickle", "joblib"}
-        if name == "runner.compiled":  # hashes what a Pickler writes; nobody keeps or reads it
+        if name == "runner.compiled":  # hashes one, and speaks with a process of its own
             picklers.remove("pickle")
         assert not picklers & set(_imports(tree)), name
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

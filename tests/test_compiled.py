@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,14 +122,21 @@ def test_crystals_with_stress() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_training_ends_where_an_eager_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("average", [[], ['train.average.name="ema"']])
+def test_a_compiled_training_ends_where_an_eager_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: list[str]
+) -> None:
+    made: list[Any] = []
+    make = compiled_module._compiled
+    monkeypatch.setattr(compiled_module, "_compiled", lambda *given: made.append(1) or make(*given))
     results = []
     for compiled in ("true", "false"):
         config_file = write_experiment(tmp_path / compiled)
-        settings = [f"train.compile={compiled}", "train.batch.structures=6"]
+        settings = [f"train.compile={compiled}", "train.batch.structures=6", *average]
         config = load_config(config_file, settings)
         prepare(config, tmp_path / "prepared", Terminal())
         results.append(train(config, config_file, tmp_path / "prepared", Terminal(), []))
+    assert len(made) == 1  # what measures the other splits was compiled in another process
     assert results[0]["steps"] == results[1]["steps"]
     assert results[0]["best"] == pytest.approx(results[1]["best"], rel=1e-2)
     assert results[0]["best"] != results[1]["best"]  # it was another program
@@ -298,6 +306,57 @@ def test_a_program_is_kept_for_other_weights_and_gives_the_same_to_the_bit(
     _result(step)
     assert made.pop()
     assert list(programs.iterdir()) == [kept]
+
+
+def test_a_program_is_made_by_another_process(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, batch, weights = _step("schnet", {"energy": {}}), _two(), {"energy": 1.0}
+    step.potential.eval()
+    compiled = CompiledStep(step, learns=False)
+    compiled.compile_aside(batch, weights)
+    assert compiled.begun
+    first = compiled._aside
+    compiled.compile_aside(batch, weights)
+    assert compiled._aside is first
+    monkeypatch.setattr(compiled_module, "_compiled", lambda *_: pytest.fail("compiled here too"))
+    found, expected = compiled(batch, weights), step(batch, weights)
+    assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+    assert len(list(programs.iterdir())) == 1
+    another = CompiledStep(step, learns=False)
+    another.compile_aside(batch, weights)  # it is there
+    assert not another.begun
+
+
+def test_a_process_that_fails_to_compile_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_module, "COMPILE", "raise SystemExit(1)")
+    monkeypatch.setattr(compiled_module, "_compiled", lambda graph, *_: graph)
+    step, batch, weights = _step("schnet", {"energy": {}}), _two(), {"energy": 1.0}
+    compiled = CompiledStep(step, learns=False)
+    compiled.compile_aside(batch, weights)
+    assert compiled.begun
+    assert compiled(batch, weights).total.item() == pytest.approx(step(batch, weights).total.item())
+
+
+def test_a_process_that_compiles_ends_with_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_module, "COMPILE", "import time; time.sleep(600)")
+    compiled = CompiledStep(_step("schnet", {"energy": {}}), learns=False)
+    compiled.close()  # there is none yet
+    compiled.compile_aside(_two(), {"energy": 1.0})
+    assert compiled._aside is not None
+    process = compiled._aside._process
+    assert process is not None
+    assert process.poll() is None
+    compiled.close()
+    assert process.poll() == -signal.SIGKILL
+
+
+def test_what_is_not_kept_is_not_made_by_another_process() -> None:
+    step = _step("schnet", {"energy": {}})
+    step.potential.readouts = OfOnesOwn()
+    compiled = CompiledStep(step, learns=False)
+    compiled.compile_aside(_two(), {"energy": 1.0})
+    assert not compiled.begun
 
 
 class OfOnesOwn(torch.nn.Module):
