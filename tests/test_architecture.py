@@ -24,6 +24,13 @@ FLOORS: dict[str, int] = {
     "runner.units": 0,
     "runner.errors": 0,
     "runner.config": 1,
+    "runner.config.values": 1,
+    "runner.config.prepare": 1,
+    "runner.config.potentials": 1,
+    "runner.config.losses": 1,
+    "runner.config.optimization": 1,
+    "runner.config.train": 1,
+    "runner.config.file": 1,
     "runner.structures": 1,
     "runner.sources": 1,
     "runner.sources.labels": 1,
@@ -207,7 +214,8 @@ def test_units_are_converted_where_files_are_read_and_settings_are_checked() -> 
     converters = {
         name for name, tree in MODULES.items() for i in _imports(tree) if i == "runner.units"
     }
-    assert converters == {"runner.config", "runner.sources.labels"}
+    checkers = {"runner.config.values", "runner.config.prepare"}
+    assert converters == {*checkers, "runner.sources.labels"}
 
 
 def test_pickles_are_neither_written_nor_trusted() -> None:
