@@ -85,3 +85,11 @@ def resume_command(run: Path) -> str:
     known = folder == Path(named).resolve() if named else folder in usual
     words = ["runner", "train", str(run), "--resume", str(run)]
     return shlex.join(words if known else [*words, "--data-dir", str(folder)])
+
+
+def read_numbers(metrics: Path, n: int) -> list[dict[str, float | int]]:
+    """The first `n` rows of `metrics.csv`."""
+    return [
+        {name: int(v) if name in ("epoch", "step") else float(v) for name, v in row.items() if v}
+        for row in read_rows(metrics)[:n]
+    ]

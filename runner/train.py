@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -24,33 +23,33 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LambdaCallback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from runner import plots
 from runner.batches import PRECISIONS
 from runner.checkpoints import (
-    LAST,
     EarlyStopping,
     Interruptions,
     WholeFiles,
     checkpoints,
-    has_ended,
     last_checkpoint,
 )
-from runner.config import BatchConfig, Config, DataConfig, TrainConfig, differences
+from runner.config import BatchConfig, Config, TrainConfig
 from runner.datamodule import PreparedDataModule
 from runner.errors import ConfigError, DatasetError, RunError
 from runner.experiment import MetricsFile, RunDirectory
 from runner.fields import LABELS
 from runner.losses import Loss
-from runner.metrics import groupings, has_unit, labelled_components, quantity_of
+from runner.metrics import groupings, labelled_components, quantity_of
 from runner.potentials import build_potential
-from runner.predictor import Predictor, passport, read_checkpoint
+from runner.predictor import Predictor, passport
 from runner.prepare import default_data_dir, find_prepared
 from runner.processes import STOPPING, Place, Processes, together
-from runner.runs import read_rows, resume_command
+from runner.progress import EpochLines, ProgressBar, in_small_units
+from runner.resume import resume_run
+from runner.runs import read_numbers, read_rows, resume_command
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
 from runner.trackers import require_installed, trackers
@@ -107,11 +106,11 @@ def train(
         terminal.say(f"run {run.path}", f"dataset {dataset.path}")
         done = None
         if resume is not None:
-            done = _resume(run, config, dataset, terminal, processes.place.n)
+            done = resume_run(run, config, dataset, terminal, processes.place.n)
         task = {"run": str(run.path.resolve()), "dataset": str(dataset.path.resolve())}
         processes.tell(task | {"done": done})
         tables = config.model_dump(mode="json", exclude_none=True)
-        rows = _numbers(run.path / "metrics.csv", done or 0)
+        rows = read_numbers(run.path / "metrics.csv", done or 0)
         try:
             with trackers(settings.logger, tables, run, rows, terminal.say) as loggers:
                 result = _train(
@@ -145,127 +144,6 @@ def follow(processes: Processes) -> dict[str, Any]:
         quiet = Terminal(quiet=True)
         _train(settings, loss, dataset, run, quiet, task["done"], processes.place, [])
     return {}
-
-
-MAY_CHANGE = (
-    "train.epochs",
-    "train.compile",
-    "train.checkpoints",
-    "train.early_stopping",
-    "train.logger",
-    "train.data.residence",
-    "train.data.workers",
-    "train.trainer.accelerator",
-    "train.trainer.devices",
-    "train.trainer.num_nodes",
-    "train.trainer.strategy",
-)
-
-
-def _resume(
-    run: RunDirectory, config: Config, dataset: PreparedDataset, terminal: Terminal, processes: int
-) -> int:
-    """Check that a run can go on with a config, on so many devices, and note it.
-
-    Returns:
-        How many epochs are done.
-
-    Raises:
-        ConfigError: it would be another training, or there is nothing left to do.
-        RunError: its checkpoint is damaged.
-    """
-    changed = differences(run.config(), config)
-    safe = {key for key in changed if key.startswith(MAY_CHANGE)}
-    lines = [
-        f"{key}: {_shown(was)} before, {_shown(now)} now" for key, (was, now) in changed.items()
-    ]
-    refused = [line for key, line in zip(changed, lines, strict=True) if key not in safe]
-    if not refused and run.manifest["fingerprint"] != dataset.attributes["fingerprint"]:
-        refused = ["the sources of the dataset have changed"]
-    if refused:
-        raise ConfigError(
-            "the config is not the one that the run was started with:\n  " + "\n  ".join(refused),
-            where=str(run.path / "config.toml"),
-            allowed="other values of " + ", ".join(MAY_CHANGE),
-            remedy="set it back, or train anew without --resume",
-        )
-    file = last_checkpoint(run.path)
-    last = read_checkpoint(file)
-    done, batches = int(last["training"]["epochs_done"]), _batches_done(last)
-    before = 1 + len(last["training"].get("others", []))
-    if batches and before != processes:
-        raise ConfigError(
-            f"the run stopped within an epoch of {before} device{'s' * (before > 1)}, and can go "
-            f"on with {processes} only between two epochs",
-            where="train.trainer.devices, train.trainer.num_nodes",
-            allowed=f"{before} in all",
-            remedy=f"go on with {before} until an epoch is done",
-        )
-    assert config.train is not None
-    _check_best(run.config(), config.train, dataset)
-    enough, stopping = done >= config.train.epochs, config.train.early_stopping
-    stopped = stopping is not None and any(
-        name.startswith(EarlyStopping.__qualname__) and has_ended(state, stopping.patience)
-        for name, state in last["callbacks"].items()
-    )
-    if (enough or stopped) and run.manifest["status"] == "finished":
-        raise ConfigError(
-            f"the run has done all its {done} epochs"
-            if done == config.train.epochs
-            else f"the run has done {done} epochs, and {config.train.epochs} are asked for"
-            if enough
-            else f"the run was ended after {done} epochs, as the validation loss fell no more",
-            where="train.epochs" if enough else "train.early_stopping",
-            remedy=f"raise it to train on: --set train.epochs={2 * done}"
-            if enough
-            else "to train on, raise its patience, or take it out",
-        )
-    if file.name != LAST:
-        terminal.warn(f"there is no {LAST}, so the run goes on from {file.name}")
-    where = (
-        "after all epochs" if enough or stopped else f"after {done} epochs and {batches} batches"
-    )
-    terminal.say(f"goes on {where}", *sorted(lines))
-    run.resumed(config, done, {key: list(values) for key, values in changed.items()})
-    return done
-
-
-def _check_best(before: Config, now: TrainConfig, dataset: PreparedDataset) -> None:
-    """Refuse more epochs where the validation losses of before would be of other weights.
-
-    Raises:
-        ConfigError: they would be, and the best epoch could not be told.
-    """
-    assert before.train is not None
-    loss = Loss(now.loss, now.stage, dataset.source_names)
-    ends = [loss.weights_at(epochs - 1, math.inf) for epochs in (before.train.epochs, now.epochs)]
-    for name in ends[0]:
-        if ends[0][name] != ends[1][name]:
-            raise ConfigError(
-                f"the weight of {name} would end at {ends[1][name]:g}, not at {ends[0][name]:g}, "
-                "and by the weights at the end the epochs are compared",
-                where="train.epochs",
-                allowed=str(before.train.epochs),
-                remedy=f"train anew; a schedule that ends before epoch {before.train.epochs} lets "
-                "a run be made longer",
-            )
-
-
-def _numbers(metrics: Path, n: int) -> list[dict[str, float | int]]:
-    """The first `n` rows of `metrics.csv`."""
-    return [
-        {name: int(v) if name in ("epoch", "step") else float(v) for name, v in row.items() if v}
-        for row in read_rows(metrics)[:n]
-    ]
-
-
-def _batches_done(checkpoint: Mapping[str, Any]) -> int:
-    """Of the epoch in which a checkpoint was written."""
-    return int(checkpoint[PreparedDataModule.__qualname__]["batches"])
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else str(value)
 
 
 @contextlib.contextmanager
@@ -511,7 +389,7 @@ def _trainer(
         settings["precision"] = config.precision
     on_terminal = sys.stderr.isatty() and terminal.console.is_terminal
     interactive = on_terminal and place.rank == 0
-    rows = _numbers(run.path / "metrics.csv", done or 0)
+    rows = read_numbers(run.path / "metrics.csv", done or 0)
     begins = done is None and place.rank == 0
     trainer = lightning.Trainer(
         **settings,
@@ -663,96 +541,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-TOO_MUCH_WAITING = 0.1
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's bar, with the losses of the last epoch beside it."""
-
-    def get_metrics(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Losses and errors of the last epoch, once there is one."""
-        del trainer
-        assert isinstance(pl_module, Training)
-        values = pl_module.latest.get("train", {}) | pl_module.latest.get("val", {})
-        named = (("train loss", "train/loss/total_loss"), ("val loss", MONITOR))
-        shown: dict[str, int | str | float | dict[str, float]] = {
-            name: f"{values[key]:.4g}" for name, key in named if key in values
-        }
-        for name, key in _headline(pl_module.config):
-            if f"val/{key}" in values:
-                shown[name] = " ".join(_in_small_units(key, values[f"val/{key}"]))
-        if "time/data" in values:
-            shown["structures/s"] = f"{values['time/structures_per_s']:,.0f}"
-            shown["waiting for data"] = f"{100 * waiting_share(values):.0f} %"
-        return shown
-
-
-class EpochLines(Logger):
-    """A logger that says once an epoch where the training stands."""
-
-    name, version = None, None
-
-    def __init__(self, terminal: Terminal, config: TrainConfig, *, to_file: bool) -> None:
-        """Say it on `terminal`, or in its log files alone, beside a progress bar."""
-        super().__init__()
-        self.say = terminal.note if to_file else terminal.say
-        self.config = config
-        self._last = time.perf_counter()
-        self._advised = False
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Nothing: the config is in the run directory."""
-
-    def log_metrics(self, metrics: Mapping[str, float | int], step: int | None = None) -> None:  # noqa: ARG002
-        """Say what an epoch came to; the test has a table of its own."""
-        if MONITOR not in metrics:
-            return
-        headline = [(name, f"val/{key}") for name, key in _headline(self.config)]
-        errors = [
-            " ".join([name, *_in_small_units(key.removeprefix("val/"), metrics[key])])
-            for name, key in headline
-            if key in metrics
-        ]
-        now = time.perf_counter()
-        self.say(
-            f"epoch {metrics['epoch'] + 1}/{self.config.epochs}  "
-            f"loss {metrics['train/loss/total_loss']:.4g} / {metrics[MONITOR]:.4g}  "
-            f"{'  '.join(errors)}  lr {metrics['lr']:.2g}  {now - self._last:.1f} s"
-            f", {metrics['time/structures_per_s']:,.0f} structures/s"
-            f", {100 * waiting_share(metrics):.0f} % waiting for data"
-        )
-        self._last = now
-        warm = metrics["epoch"] > 0 or self.config.epochs == 1  # the first reads the data
-        if warm and waiting_share(metrics) > TOO_MUCH_WAITING and not self._advised:
-            self._advised = True
-            self.say(f"advice: {advice(self.config.data)}")
-
-
-def waiting_share(metrics: Mapping[str, float | int]) -> float:
-    """Which part of an epoch's training was spent waiting for batches."""
-    waited, computed = metrics["time/data"], metrics["time/compute"]
-    return waited / max(waited + computed, 1e-9)
-
-
-def advice(config: DataConfig) -> str:
-    """What helps when a training waits for its batches."""
-    start = f"more than {100 * TOO_MUCH_WAITING:.0f} % of the time goes into waiting for batches; "
-    if config.residence == "stream":
-        return start + 'if memory allows, set train.data.residence = "memory" (or "auto")'
-    workers = (config.workers or 0) + 1
-    return start + f"set train.data.workers = {workers}, or make the batches larger"
-
-
-def _headline(config: TrainConfig) -> list[tuple[str, str]]:
-    """(what it is called in a line, its key) of the first metric of each quantity."""
-    return [
-        (f"{name} {metrics[0]}", f"{name}_{metrics[0]}")
-        for name, metrics in config.measured.items()
-    ]
-
-
 def _test(
     trainer: lightning.Trainer,
     module: Training,
@@ -778,7 +566,7 @@ def _test(
     if not trainer.is_global_zero:
         return errors
     run.write_json("test_metrics.json", errors)
-    rows = [(name, *_in_small_units(name, value)) for name, value in errors.items()]
+    rows = [(name, *in_small_units(name, value)) for name, value in errors.items()]
     terminal.say(
         "", table("Errors on the test split, best checkpoint", ("", "error", "unit"), rows)
     )
@@ -789,15 +577,6 @@ def _test(
     }
     plots.parity(run.path / "parity.png", pairs, notes)
     return errors
-
-
-def _in_small_units(name: str, value: float) -> tuple[str, str]:
-    """An energy or a force in meV, others as they are."""
-    if not has_unit(name):
-        return f"{value:.4g}", ""
-    unit = quantity_of(name).unit_text
-    shown, factor = (f"m{unit}", 1000) if unit.startswith("eV") else (unit, 1)
-    return f"{factor * value:.4g}", shown + (" an atom" if "_per_atom" in name else "")
 
 
 def _parity_pairs(

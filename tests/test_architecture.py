@@ -75,6 +75,8 @@ FLOORS: dict[str, int] = {
     "runner.training": 3,
     "runner.experiment": 3,
     "runner.trackers": 3,
+    "runner.progress": 3,
+    "runner.resume": 3,
     "runner.predictor": 3,
     "runner.calculator": 3,
     "runner.prepare": 4,

@@ -48,6 +48,20 @@ def test_help_answers_without_torch(command: list[str]) -> None:
         assert word in done.stdout
 
 
+def test_a_training_starts_without_scipy_signal_which_is_there_for_who_wants_it() -> None:
+    script = (
+        "import sys\nfrom runner import cli\n"
+        "cli._import_torchmetrics()\n"
+        "assert 'torchmetrics' in sys.modules\n"
+        "assert 'scipy.signal' not in sys.modules, 'it is imported all the same'\n"
+        "from scipy.signal import firwin\n"
+        "import torchmetrics.audio\n"
+        "print(len(firwin(5, 0.5)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+
+
 def test_prepare_prints_one_json_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
