@@ -487,7 +487,7 @@ def _compiled(graph: Any, inputs: Sequence[Tensor], options: Mapping[str, Any]) 
         from torch._inductor import config, standalone_compile  # takes a second to import
 
         try:
-            with torch.no_grad(), config.patch(dict(options)):
+            with torch.no_grad(), config.patch(_known(options)):
                 return standalone_compile(graph, list(inputs))
         except Exception as error:  # compilers fail in many ways
             raise RunError(
@@ -495,6 +495,13 @@ def _compiled(graph: Any, inputs: Sequence[Tensor], options: Mapping[str, Any]) 
                 where="train.compile",
                 remedy="set it to false; on a CPU a C++ compiler such as g++ is needed",
             ) from error
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options that this version of torch has."""
+    from torch._inductor import config
+
+    return {name: value for name, value in options.items() if hasattr(config, name)}
 
 
 class _Pickler(pickle.Pickler):
@@ -581,7 +588,7 @@ def _load(place: Path, options: Mapping[str, Any]) -> tuple[Any, _Layout] | None
 
         try:
             layout = _Layout(**json.loads((place / "layout.json").read_text(encoding="utf-8")))
-            with torch.no_grad(), config.patch(dict(options)):
+            with torch.no_grad(), config.patch(_known(options)):
                 return CompiledArtifact.load(path=str(place / "program")), layout
         except Exception:  # whatever is wrong with it, it can be made again
             shutil.rmtree(place, ignore_errors=True)

@@ -273,6 +273,12 @@ def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         CompiledStep(_step("painn", {"energy": {}}))(_two(), {"energy": 1.0})
 
 
+def test_options_are_those_of_the_version_of_torch() -> None:
+    options = {name: value for free in compiled_module.LIBERTIES for name, value in free.items()}
+    options |= compiled_module.ON_CPU
+    assert compiled_module._known(options | {"cpp.of_the_future": 1, "future": 2}) == options
+
+
 def _result(step: Step) -> list[torch.Tensor]:
     """The loss and its gradients by a compiled step that is new."""
     result = CompiledStep(step)(_two(), {"energy": 2.0})
