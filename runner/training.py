@@ -180,6 +180,7 @@ class Training(lightning.LightningModule):
             if self.config.compile is True:
                 raise
             torch.set_num_threads(compiled.threads)
+            self.close()
             self.compiled = self.evaluation = None
             self.say(f"steps are no longer compiled: {error.what}")
             return step(batch, weights, whole)
@@ -189,12 +190,14 @@ class Training(lightning.LightningModule):
         if self.evaluation is None or self.evaluation.begun or self.trainer.world_size > 1:
             return
         step = self.measured
-        for part in (step.potential, step.loss):  # as it will be measured
-            part.eval()
+        modules = [*step.potential.modules(), *step.loss.modules()]
+        before = [module.training for module in modules]
+        for module in modules:
+            module.training = False  # as they will be when they measure
         self.evaluation.use(step)
         self.evaluation.compile_aside(batch, self._weights())
-        for part in (step.potential, step.loss):
-            part.train()
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
 
     def _measure_gradients(self, batch: Batch) -> None:
         """Norm of the gradient of every term, with its weight, for some structures of a batch."""
