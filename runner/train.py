@@ -53,7 +53,7 @@ from runner.runs import read_numbers, read_rows, resume_command
 from runner.store import PreparedDataset
 from runner.terminal import Terminal, table
 from runner.trackers import require_installed, trackers
-from runner.training import MONITOR, Training
+from runner.training import MONITOR, STEPS_MEANWHILE, Training
 
 WORTH_COMPILING = 3e6  # pairs that a training computes; some 1e6 pay for the compiling
 
@@ -278,8 +278,9 @@ def _compiles(config: TrainConfig, data: PreparedDataModule, terminal: Terminal)
         return False
     threads = torch.get_num_threads()
     terminal.say(
-        "training steps are compiled, which takes 10 to 90 s the first time, and computed in parts "
-        f"by {threads} thread{'s' * (threads != 1)}"
+        "training steps are compiled, which takes 10 to 90 s the first time (the first "
+        f"{STEPS_MEANWHILE} are taken meanwhile), and computed in parts by "
+        f"{threads} thread{'s' * (threads != 1)}"
         if on_cpu
         else "training steps are compiled, which takes a minute or two"
     )

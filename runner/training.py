@@ -25,6 +25,9 @@ from runner.processes import gathered
 
 MONITOR = "val/loss/total_loss"
 STRUCTURES_FOR_GRADIENTS = 8
+STEPS_MEANWHILE = (
+    32  # taken as they are while the step is compiled, and whether it has to be or not
+)
 # in a checkpoint the weights to use are called "potential", those that are trained "averaged"
 AVERAGED = ("potential.", "averaged.module.")
 
@@ -155,7 +158,12 @@ class Training(lightning.LightningModule):
         self, batch: Batch, weights: Mapping[str, float], whole: Whole | None = None
     ) -> StepResult:
         """A step of the weights that are trained, with gradients."""
-        return self._result(self.compiled, self.step, batch, weights, whole)
+        return self._result(self._program, self.step, batch, weights, whole)
+
+    @property
+    def _program(self) -> CompiledStep | None:
+        """The compiled step, from a step on that no clock decides."""
+        return self.compiled if self.global_step >= STEPS_MEANWHILE else None
 
     def _measured(self, batch: Batch, weights: Mapping[str, float]) -> StepResult:
         """What the weights that are kept predict."""
@@ -185,9 +193,13 @@ class Training(lightning.LightningModule):
             self.say(f"steps are no longer compiled: {error.what}")
             return step(batch, weights, whole)
 
-    def _compile_evaluation_aside(self, batch: Batch) -> None:
-        """While the training step is compiled, or used, so that both take as long as one."""
-        if self.evaluation is None or self.evaluation.begun or self.trainer.world_size > 1:
+    def _compile_aside(self, batch: Batch) -> None:
+        """Begin to compile both steps, each in a process of its own, while the first are taken."""
+        if self.trainer.world_size > 1:
+            return
+        if self.compiled is not None:
+            self.compiled.compile_aside(batch, self._weights())
+        if self.evaluation is None or self.evaluation.begun:
             return
         step = self.measured
         modules = [*step.potential.modules(), *step.loss.modules()]
@@ -204,7 +216,7 @@ class Training(lightning.LightningModule):
         some = batch.parts(max(1, len(batch.n_atoms) // STRUCTURES_FOR_GRADIENTS))[0]
         parameters = [p for p in self.potential.parameters() if p.requires_grad]
         weights, together = self._weights(), None
-        if self.compiled is None or not self.compiled.fits(some):
+        if self._program is None or not self._program.fits(some):
             together = self.step(some, weights).sums  # one prediction serves all terms
         for term, weight in weights.items():
             if together is None:
@@ -220,8 +232,9 @@ class Training(lightning.LightningModule):
 
     def close(self) -> None:
         """Leave no process behind."""
-        if self.evaluation is not None:
-            self.evaluation.close()
+        for compiled in (self.compiled, self.evaluation):
+            if compiled is not None:
+                compiled.close()
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the checkpoint that is resumed."""
@@ -342,7 +355,7 @@ class Training(lightning.LightningModule):
         checkpoint that is written there.
         """
         if not self._gradient_norms:
-            self._compile_evaluation_aside(batch)
+            self._compile_aside(batch)
             self._measure_gradients(batch)
         n = self.trainer.num_training_batches
         rate = self.rate_at(self.current_epoch + batch_idx / n, 1 / n)

@@ -29,6 +29,7 @@ from runner.prepare import find_prepared, prepare
 from runner.processes import Place
 from runner.terminal import Terminal
 from runner.train import _strategy, train
+from runner.training import STEPS_MEANWHILE
 
 ROOT = Path(__file__).parent.parent
 DOUBLE = ("train.precision=64-true", "train.epochs=2")
@@ -458,6 +459,7 @@ def test_compiled_steps_of_several_processes_give_what_plain_ones_do(
         compiled: _finished(
             prepared, "train", "mine", *TWO, "--json",
             "--set", "train.batch.structures=10", "--set", f"train.compile={compiled}",
+            "--set", f"train.epochs={STEPS_MEANWHILE // 3 + 3}",
         )
         for compiled in ("true", "false")
     }  # fmt: skip

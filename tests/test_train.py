@@ -24,10 +24,11 @@ from ase import Atoms
 from molecules import random_structures, springs, without, write_experiment, write_extxyz
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runner import compiled, loader
+from runner import compiled, loader, training
 from runner import train as train_module
 from runner.batches import Batch, make_batch
 from runner.calculator import NNPCalculator
+from runner.compiled import StepResult
 from runner.config import Config, load_config
 from runner.epochs import Draw
 from runner.errors import ConfigError, DatasetError, InputError, RunError, SelfEnergyError
@@ -333,11 +334,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, pytest.param("compiled", marks=pytest.mark.slow)])
 def test_whatever_optimizes_it_a_resumed_run_gives_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    settings = VARIANTS[name]
+    settings = VARIANTS.get(name, ("train.compile=true",))
+    monkeypatch.setattr(training, "STEPS_MEANWHILE", 4)
     whole = _run(write_experiment(tmp_path / "whole"), *settings)
     config_file = write_experiment(tmp_path / "stopped")
     run = _stopped_at(monkeypatch, config_file, 2, *settings)
@@ -1119,6 +1121,38 @@ def test_a_long_training_is_compiled_and_a_failure_leaves_it_as_it_is(
     monkeypatch.setenv("CXX", "no-such-compiler")
     _run(write_experiment(tmp_path), "train.epochs=1")
     assert "not compiled: there is no C++ compiler" in capsys.readouterr().out
+
+
+def test_the_first_steps_are_taken_as_they_are_while_the_step_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[bool] = []
+    used: list[int] = []  # the step of each call
+
+    class Program(compiled.CompiledStep):
+        def compile_aside(self, *_: Any) -> None:
+            begun.append(self.learns)
+
+        def __call__(self, batch: Batch, *given: Any) -> StepResult:
+            if self.learns:
+                used.append(len(taken))
+            return self.step(batch, *given)
+
+    def step(self: Training, *given: Any) -> torch.Tensor:
+        loss = take(self, *given)
+        taken.append(1)
+        return loss
+
+    taken: list[int] = []
+    take = Training.training_step
+    monkeypatch.setattr(Training, "training_step", step)
+    monkeypatch.setattr(training, "CompiledStep", Program)
+    monkeypatch.setattr(training, "STEPS_MEANWHILE", 4)
+    result = _run(write_experiment(tmp_path / "compiled"), "train.compile=true")
+    # before the first batches of the other two epochs also for the gradient of each of three terms
+    assert used == [4, 5, *[6] * 4, *range(7, 12), *[12] * 4, *range(13, 18)]
+    assert set(begun[:2]) == {True, False}
+    assert result["steps"] == 18
 
 
 def test_a_short_training_is_not_compiled(

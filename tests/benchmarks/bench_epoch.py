@@ -122,7 +122,7 @@ def main() -> None:
             mode: Ours(table, folder / "step.extxyz", compiled=mode == "compiled", threads=cores)
             for mode in EPOCHS
         }
-        train(folder, "compiled", 1)  # its other program is kept, too
+        train(folder, "compiled", 3)  # its programs are kept
         rates: dict[str, list[float]] = {mode: [] for mode in EPOCHS}
         epochs: dict[str, list[float]] = {mode: [] for mode in EPOCHS}
         rest: dict[str, list[float]] = {mode: [] for mode in EPOCHS}
