@@ -1,3 +1,3 @@
 """Train neural network potentials on quantum-chemistry data, from one TOML file."""
 
-__version__ = "0.7.1"
+__version__ = "0.8.0"

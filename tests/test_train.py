@@ -1106,6 +1106,7 @@ def test_a_long_training_is_compiled_and_a_failure_leaves_it_as_it_is(
 
     monkeypatch.setattr(train_module, "WORTH_COMPILING", 100)
     monkeypatch.setattr(compiled, "_compiled", fails)
+    monkeypatch.setattr(compiled, "COMPILE", "raise SystemExit(1)")
     monkeypatch.setenv("CXX", "true")
     result = _run(write_experiment(tmp_path))
     output = capsys.readouterr().out
@@ -1138,8 +1139,8 @@ def test_the_first_steps_are_taken_as_they_are_while_the_step_is_compiled(
                 used.append(len(taken))
             return self.step(batch, *given)
 
-    def step(self: Training, *given: Any) -> torch.Tensor:
-        loss = take(self, *given)
+    def step(self: Training, batch: Batch) -> torch.Tensor:
+        loss = take(self, batch)
         taken.append(1)
         return loss
 

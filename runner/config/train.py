@@ -198,8 +198,9 @@ class TrainConfig(Section):
     """Whether matrix products of single precision may be done with TF32, on GPUs that have it."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the training step: three to five times as fast on a CPU, the same numbers to
-    rounding. Compiling takes 10 to 90 s; the program is kept in TORCHINDUCTOR_CACHE_DIR for the
-    next training with the same potential, losses and kind of data. It needs a C++ compiler. `auto`:
+    rounding. Compiling takes 10 to 90 s, in which the first 32 steps are taken as they are; the
+    program is kept in TORCHINDUCTOR_CACHE_DIR for the next training with the same potential, losses
+    and kind of data. It needs a C++ compiler. `auto`:
     where a training is long enough to gain by it, as its pairs and epochs tell; if it fails, the
     step stays as it is."""
     batch: BatchConfig = BatchConfig()
