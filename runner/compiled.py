@@ -19,7 +19,6 @@ import os
 import pickle
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -405,10 +404,10 @@ class _Aside:
             self._process.wait()
 
     def close(self) -> None:
-        """End it, with the compilers that it has started."""
-        if self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """End it. A compiler that it has started ends what it writes, some seconds later: half a file
+        would be in the way of the next one."""
+        if self._process is not None:
+            self._process.terminate()
         self.wait()
 
 

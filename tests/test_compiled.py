@@ -353,7 +353,7 @@ def test_a_process_that_compiles_ends_with_the_training(monkeypatch: pytest.Monk
     assert process is not None
     assert process.poll() is None
     compiled.close()
-    assert process.poll() == -signal.SIGKILL
+    assert process.poll() == -signal.SIGTERM
 
 
 def test_what_is_not_kept_is_not_made_by_another_process() -> None:
