@@ -395,7 +395,7 @@ class _Aside:
                 file.seek(0)
                 # in a session of its own, where Ctrl-C does not reach it
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", COMPILE], stdin=file, start_new_session=True, **quiet
+                    [sys.executable, "-Pc", COMPILE], stdin=file, start_new_session=True, **quiet
                 )
 
     def wait(self) -> None:
@@ -404,8 +404,11 @@ class _Aside:
             self._process.wait()
 
     def close(self) -> None:
-        """End it. A compiler that it has started ends what it writes, some seconds later: half a file
-        would be in the way of the next one."""
+        """End it.
+
+        A compiler that it has started ends what it writes, some seconds later: half a file would be
+        in the way of the next one.
+        """
         if self._process is not None:
             self._process.terminate()
         self.wait()
