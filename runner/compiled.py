@@ -200,6 +200,11 @@ class CompiledStep:
         """Whether it is compiled, here or in a process of its own."""
         return self._function is not None or self._aside is not None
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the next batch waits for a process that compiles."""
+        return self._function is None and self._aside is not None and self._aside.runs
+
     def close(self) -> None:
         """Compile no more in the process that `compile_aside` has begun."""
         if self._aside is not None:
@@ -397,6 +402,11 @@ class _Aside:
                 self._process = subprocess.Popen(
                     [sys.executable, "-Pc", COMPILE], stdin=file, start_new_session=True, **quiet
                 )
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def wait(self) -> None:
         """Until it has ended; whether it has made a program is seen where that is kept."""

@@ -182,6 +182,8 @@ class Training(lightning.LightningModule):
             return step(batch, weights, whole)
         if compiled.step.potential is not step.potential:
             compiled.use(step)
+        if compiled.is_waited_for:
+            self.say(f"the compiler is waited for, after {self.global_step} steps")
         try:
             return compiled(batch, weights, whole)
         except RunError as error:

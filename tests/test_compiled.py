@@ -352,7 +352,9 @@ def test_a_process_that_compiles_ends_with_the_training(monkeypatch: pytest.Monk
     process = compiled._aside._process
     assert process is not None
     assert process.poll() is None
+    assert compiled.is_waited_for
     compiled.close()
+    assert not compiled.is_waited_for
     assert process.poll() == -signal.SIGTERM
 
 
