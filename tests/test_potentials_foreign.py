@@ -9,9 +9,9 @@ import pytest
 import torch
 from molecules import write_experiment
 
-from runner import config as config_module
 from runner.check_potential import check_potential
 from runner.config import load_config, potential_config
+from runner.config import potentials as config_module
 from runner.errors import ConfigError
 from runner.potentials import build_potential, foreign
 from runner.predictor import Predictor
