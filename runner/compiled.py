@@ -173,7 +173,7 @@ class CompiledStep:
         """The same as the eager step to rounding."""
         batch = _with_masks(batch, self.incomplete)
         if self._function is None:
-            with _collecting_no_garbage():
+            with _without_collecting_garbage():
                 self._compile(batch, weights)
         self._calls += 1
         if self._calls & (self._calls - 1) == 0 and (wrong := self._compare(batch, weights)):
@@ -427,7 +427,8 @@ class _Aside:
 def compile_for_another() -> None:
     """Compile what another process asks for, which finds the program where it is kept.
 
-    On the standard input comes what `_Aside` has pickled.
+    On the standard input comes what `_Aside` has pickled: settings of torch, and the step, its
+    labels that may be missing, whether it learns, a batch, weights, and options with their places.
     """
     (deterministic, fills, dtype, precision), task = pickle.load(sys.stdin.buffer)
     torch.use_deterministic_algorithms(deterministic)
@@ -436,13 +437,13 @@ def compile_for_another() -> None:
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(1)
     step, incomplete, learns, batch, weights, tries = task
-    with _collecting_no_garbage():
+    with _without_collecting_garbage():
         CompiledStep(step, incomplete, learns=learns)._compile(batch, weights, tries)
 
 
 @contextlib.contextmanager
-def _collecting_no_garbage() -> Iterator[None]:
-    """Not to look for any among the millions of objects that a compiler makes, and lives with."""
+def _without_collecting_garbage() -> Iterator[None]:
+    """Looking for some among the millions of objects that a compiler makes takes its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -25,9 +25,8 @@ from runner.processes import gathered
 
 MONITOR = "val/loss/total_loss"
 STRUCTURES_FOR_GRADIENTS = 8
-STEPS_MEANWHILE = (
-    32  # taken as they are while the step is compiled, and whether it has to be or not
-)
+# steps that are taken as they are while the step is compiled, also where it is compiled already
+STEPS_MEANWHILE = 32
 # in a checkpoint the weights to use are called "potential", those that are trained "averaged"
 AVERAGED = ("potential.", "averaged.module.")
 
